@@ -1,0 +1,1 @@
+"""Measure what the models give: features, distances, time."""
