@@ -1,0 +1,5 @@
+"""`python -m lediflow`."""
+
+from lediflow.cli.app import main
+
+main()

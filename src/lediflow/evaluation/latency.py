@@ -1,0 +1,109 @@
+"""Time what makes images: the median of a few repeats, with candidates taking turns.
+
+A laptop warms up and a shared machine has neighbours. When one candidate is timed to the end before the
+next begins, such drift looks like a difference between them; here each round times every candidate once.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lediflow.errors import UserError
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What one candidate took.
+
+    Attributes:
+        ms_per_image: median over the repeats, in milliseconds, divided by the images of a call.
+        images_per_second: the same as a rate.
+        repeats: timed calls.
+        batch_size: images that one call makes.
+        spread: (slowest - fastest) / median of the repeats, 0 or more. Differences between candidates
+            that are not clearly larger than this mean nothing.
+    """
+
+    ms_per_image: float
+    images_per_second: float
+    repeats: int
+    batch_size: int
+    spread: float
+
+
+def measure(
+    fn: Callable[[], object],
+    *,
+    images: int,
+    repeats: int = 5,
+    warmup: int = 1,
+    device: str | torch.device = "cpu",
+) -> Latency:
+    """Time one function; see :func:`compare`, which is to be used when there are two."""
+    return compare({"": fn}, images=images, repeats=repeats, warmup=warmup, device=device)[""]
+
+
+def compare(
+    fns: Mapping[str, Callable[[], Any]],
+    *,
+    images: int,
+    repeats: int = 5,
+    warmup: int = 1,
+    device: str | torch.device = "cpu",
+) -> dict[str, Latency]:
+    """Time several functions in turn, A B C A B C ..., so that the machine's drift meets all alike.
+
+    Args:
+        fns: candidates by name; each call makes ``images`` images.
+        images: images that one call of any candidate makes, at least 1.
+        repeats: timed calls of each candidate, at least 1.
+        warmup: untimed calls of each, taken in the same turns before the timed ones, 0 or more.
+        device: where the work is done. On CUDA the clock is read only after all queued work is done.
+
+    Returns:
+        A :class:`Latency` for each name, in the order given.
+
+    Raises:
+        UserError: if there is no candidate, or a count is too small.
+    """
+    if not fns or images < 1 or repeats < 1 or warmup < 0:
+        raise UserError(
+            "timing needs at least one candidate, one image and one repeat, and no negative warm-up, "
+            f"not {len(fns)} candidates, images={images}, repeats={repeats}, warmup={warmup}"
+        )
+    where = torch.device(device)
+    seconds: dict[str, list[float]] = {name: [] for name in fns}
+    for turn in range(warmup + repeats):
+        for name, fn in fns.items():
+            taken = _time_once(fn, where)
+            if turn >= warmup:
+                seconds[name].append(taken)
+    return {name: _summary(taken, images) for name, taken in seconds.items()}
+
+
+def _time_once(fn: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    fn()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _summary(seconds: list[float], images: int) -> Latency:
+    # A call that does nothing can take no time at all by a coarse clock.
+    median = max(statistics.median(seconds), 1e-9)
+    return Latency(
+        ms_per_image=1000 * median / images,
+        images_per_second=images / median,
+        repeats=len(seconds),
+        batch_size=images,
+        spread=(max(seconds) - min(seconds)) / median,
+    )

@@ -1,0 +1,181 @@
+"""AuxiliaryModel: image y -> q(z|y) (theta_E), and z -> the learned prior P_L of each pixel (theta_D)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lediflow.errors import UserError
+from lediflow.gaussian import DiagonalGaussian
+from lediflow.networks.hourglass import (
+    Block,
+    Level,
+    RMSNorm,
+    TokenMerge,
+    TokenSplit,
+    check_widths,
+    level_kernels,
+    linear,
+    pair,
+    patchify,
+    token_grid,
+    unpatchify,
+)
+
+POSTERIOR_LOG_VAR = (-12.0, 4.0)
+PRIOR_LOG_VAR = (-9.0, 2.0)
+
+
+def soft_clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """Keep x in (low, high) with a gradient everywhere; the identity far from both ends."""
+    x = high - F.softplus(high - x)
+    return low + F.softplus(x - low)
+
+
+class AuxiliaryModel(ModelMixin, ConfigMixin):
+    """The regression model behind P_L = N(mu(z), sigma^2(z)), section 3.1 of the paper.
+
+    The encoder merges tokens from level to level until their grid is that of z; levels beyond that stay on
+    the grid of z. The decoder runs the same way back, without skips.
+
+    Args:
+        sample_size: side of the images (or latents of a codec), or (H, W).
+        in_channels: of the images.
+        patch_size: side of the square of pixels that makes a token.
+        widths: of the encoder's levels, finest first.
+        depths: blocks per level of the encoder.
+        decoder_widths: of the decoder's levels, finest first; None for the encoder's.
+        decoder_depths: blocks per level of the decoder, finest first; None for the encoder's.
+        d_head: width of an attention head.
+        ff_factor: d_ff = ff_factor * width.
+        kernel_size: side of the neighbourhood, odd.
+        global_levels: how many of the coarsest levels attend globally.
+        latent_channels: channels of z.
+        latent_size: side of z, or (H, W).
+
+    Raises:
+        UserError: sizes that do not fit each other, by name.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] = 32,
+        in_channels: int = 3,
+        patch_size: int = 2,
+        widths: Sequence[int] = (128, 256, 256),
+        depths: Sequence[int] = (1, 1, 1),
+        decoder_widths: Sequence[int] | None = None,
+        decoder_depths: Sequence[int] | None = None,
+        d_head: int = 32,
+        ff_factor: float = 3.0,
+        kernel_size: int = 7,
+        global_levels: int = 1,
+        latent_channels: int = 4,
+        latent_size: int | Sequence[int] = 4,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        decoder_widths = decoder_widths or widths
+        decoder_depths = decoder_depths or depths
+        check_widths(widths, depths, d_head, kernel_size, f"{name} encoder")
+        check_widths(decoder_widths, decoder_depths, d_head, kernel_size, f"{name} decoder")
+        merges = _count_merges(sample_size, patch_size, latent_size, name)
+        for side, levels in (("encoder", len(widths)), ("decoder", len(decoder_widths))):
+            if levels <= merges:
+                raise UserError(
+                    f"{name} {side}: {merges} merges lead from the patches to z, which needs at least "
+                    f"{merges + 1} levels, not {levels} (add levels, or change patch_size or latent_size)"
+                )
+        self.patch_size = patch_size
+        self.latent_shape = (latent_channels, *pair(latent_size))
+
+        def levels(widths: Sequence[int], depths: Sequence[int]) -> nn.ModuleList:
+            kernels = level_kernels(len(widths), kernel_size, global_levels)
+            return nn.ModuleList(
+                Level(Block(width, int(ff_factor * width), d_head, 0, kernel) for _ in range(depth))
+                for width, depth, kernel in zip(widths, depths, kernels, strict=True)
+            )
+
+        self.patch_in = linear(in_channels * patch_size**2, widths[0])
+        self.encoder = levels(widths, depths)
+        self.merges = nn.ModuleList(
+            TokenMerge(a, b, 2 if i < merges else 1) for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+        )
+        self.posterior_norm = RMSNorm(widths[-1])
+        self.posterior_out = linear(widths[-1], 2 * latent_channels)
+
+        self.latent_in = linear(latent_channels, decoder_widths[-1])
+        self.decoder = levels(decoder_widths, decoder_depths)
+        self.splits = nn.ModuleList(
+            TokenSplit(b, a, 2 if i < merges else 1)
+            for i, (a, b) in enumerate(zip(decoder_widths, decoder_widths[1:], strict=False))
+        )
+        self.prior_norm = RMSNorm(decoder_widths[0])
+        self.prior_out = linear(decoder_widths[0], 2 * in_channels * patch_size**2, zero=True)
+
+        # statistics of z over the training set, measured when the auxiliary stage ends
+        self.register_buffer("latent_mean", torch.zeros(1, latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(1, latent_channels, 1, 1))
+
+    def encode(self, y: Tensor) -> DiagonalGaussian:
+        """Return q(z|y) for images y (B, C, H, W) in [-1, 1]: mean and log-variance (B, c, h, w), fp32."""
+        x = self.patch_in(patchify(y.movedim(1, -1), self.patch_size))
+        for i, level in enumerate(self.encoder):
+            x = level(self.merges[i - 1](x) if i else x)
+        mean, log_var = self._head(self.posterior_out, self.posterior_norm(x)).movedim(-1, 1).chunk(2, dim=1)
+        return DiagonalGaussian(mean, soft_clamp(log_var, *POSTERIOR_LOG_VAR))
+
+    def decode(self, z: Tensor) -> DiagonalGaussian:
+        """Return the learned prior P_L (eq. 3) for z (B, c, h, w): mean and log-variance (B, C, H, W), fp32."""
+        x = self.latent_in(z.movedim(1, -1))
+        for i in reversed(range(len(self.decoder))):
+            x = self.decoder[i](x)
+            if i:
+                x = self.splits[i - 1](x)
+        # mean and log-variance of a pixel stand side by side in its patch
+        out = unpatchify(self._head(self.prior_out, self.prior_norm(x)), self.patch_size)
+        mean, log_var = out.movedim(-1, 1).chunk(2, dim=1)
+        return DiagonalGaussian(mean, soft_clamp(log_var, *PRIOR_LOG_VAR))
+
+    def forward(self, y: Tensor, noise: Tensor) -> tuple[DiagonalGaussian, DiagonalGaussian]:
+        """Encode y, sample z with standard normal `noise` (B, c, h, w), decode; returns (q(z|y), P_L)."""
+        posterior = self.encode(y)
+        return posterior, self.decode(posterior.at(noise))
+
+    def standardize(self, z: Tensor) -> Tensor:
+        """Return z with mean 0 and standard deviation 1 per channel over the training set."""
+        return (z - self.latent_mean) / self.latent_std
+
+    def unstandardize(self, z: Tensor) -> Tensor:
+        """Undo `standardize`."""
+        return z * self.latent_std + self.latent_mean
+
+    @staticmethod
+    def _head(layer: nn.Linear, x: Tensor) -> Tensor:
+        """Last linear in fp32: exp(-log_var) multiplies whatever bf16 would round."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), layer.weight.float())
+
+
+def _count_merges(
+    sample_size: int | Sequence[int], patch_size: int, latent_size: int | Sequence[int], name: str
+) -> int:
+    """Number of 2x2 merges from the grid of patches to the grid of z."""
+    grid = token_grid(sample_size, patch_size, 0, name)
+    latent = pair(latent_size)
+    merges = (grid[0] // latent[0]).bit_length() - 1
+    if (latent[0] << merges, latent[1] << merges) != grid:
+        raise UserError(
+            f"{name}: z of {latent[0]}x{latent[1]} cannot be reached from {grid[0]}x{grid[1]} tokens by 2x2 "
+            "merges; change latent_size, patch_size or the image size"
+        )
+    return merges

@@ -1,0 +1,1 @@
+"""Trained networks behind one call: from a seed to images."""

@@ -1,0 +1,114 @@
+"""What both pipelines share: batches of a request, per-image seeds, precision, PIL images, loading."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from lediflow.data.images import to_uint8
+from lediflow.errors import UserError
+from lediflow.ode import check_solver
+
+
+@dataclass
+class PipelineOutput(BaseOutput):
+    """What a pipeline returns.
+
+    Attributes:
+        images: list of PIL images, or a tensor (N, C, H, W) in [-1, 1] for output_type="pt".
+        nfe: evaluations of each network that one image took, by the network's name.
+    """
+
+    images: list[Image.Image] | Tensor = field(default_factory=list)
+    nfe: dict[str, int] = field(default_factory=dict)
+
+
+class ImagePipeline(DiffusionPipeline):
+    """Base of the pipelines: a request is cut into batches, and image i depends on (seed, i) only."""
+
+    @abstractmethod
+    def _generate(
+        self, indices: Sequence[int], nfe: Counter[str], *, seed: int, steps: int, solver: str, **options: Any
+    ) -> Tensor:
+        """Make the images `indices` of the request; count the evaluations of each network in `nfe`."""
+
+    @torch.no_grad()
+    def _request(
+        self,
+        num_images: int,
+        *,
+        first_image: int,
+        steps: int,
+        solver: str,
+        seed: int,
+        batch_size: int,
+        dtype: torch.dtype | None,
+        output_type: Literal["pil", "pt"],
+        **options: Any,
+    ) -> PipelineOutput:
+        check_solver(solver, steps)
+        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        if output_type not in ("pil", "pt"):
+            raise UserError(f"output_type must be 'pil' or 'pt', not {output_type!r}")
+        images = []
+        wanted = range(first_image, first_image + num_images)
+        with self.progress_bar(total=num_images) as bar:
+            for start in range(0, num_images, batch_size):
+                indices, nfe = wanted[start : start + batch_size], Counter[str]()
+                with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                    batch = self._generate(indices, nfe, seed=seed, steps=steps, solver=solver, **options)
+                images.append(batch.float().clamp(-1, 1))
+                bar.update(len(indices))
+        joined = torch.cat(images)
+        return PipelineOutput(images=joined if output_type == "pt" else to_pil(joined), nfe=dict(nfe))
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Turn images (N, C, H, W) in [-1, 1], C 1 or 3, into PIL images of mode L or RGB."""
+    arrays = to_uint8(images).movedim(1, -1).cpu().numpy()
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
+
+
+def load_pipeline(model: str | Path, **kwargs: Any) -> ImagePipeline:
+    """Load MODEL: a run folder, a stage folder with a pipeline, a saved pipeline, or a Hub id.
+
+    Raises:
+        UserError: there is no such folder, or it has no weights, or they are damaged.
+    """
+    from lediflow.pipelines.flow_matching import FlowMatchingPipeline
+    from lediflow.pipelines.lediflow import LeDiFlowPipeline
+
+    path = Path(model)
+    if not path.exists() and (path.is_absolute() or str(model).count("/") != 1):
+        raise UserError(f"no model {model}: give a run folder, a saved pipeline folder, or a Hub id owner/name")
+    source: str | Path = model
+    if path.exists():
+        folders = [f for f in (path, path / "pipeline") if (f / "model_index.json").is_file()]
+        if not folders:
+            raise UserError(
+                f"{model} has no trained pipeline (no model_index.json in it or in its pipeline folder); "
+                "train all of auxiliary, flow and sampler first, or name RUN/baseline for plain flow matching"
+            )
+        source = folders[0]
+    classes = {c.__name__: c for c in (LeDiFlowPipeline, FlowMatchingPipeline)}
+    try:
+        name = DiffusionPipeline.load_config(source)["_class_name"]
+        if name not in classes:
+            raise UserError(f"{model} is a {name}, not one of {', '.join(classes)}")
+        return classes[name].from_pretrained(source, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:  # diffusers, the Hub and safetensors each raise their own kinds
+        raise UserError(f"cannot load {model}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,70 @@
+"""FlowMatchingPipeline: x ~ N(0, 1) -> image, the baseline."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lediflow import ode
+from lediflow.networks.hourglass import pair
+from lediflow.networks.velocity import VelocityTransformer
+from lediflow.pipelines.base import ImagePipeline, PipelineOutput
+from lediflow.sources import image_noise
+
+
+class FlowMatchingPipeline(ImagePipeline):
+    """Plain flow matching (rectified flow objective) from Gaussian noise.
+
+    Args:
+        flow: the velocity network, without z.
+    """
+
+    model_cpu_offload_seq = "flow"
+
+    def __init__(self, flow: VelocityTransformer):
+        super().__init__()
+        self.register_modules(flow=flow)
+
+    def __call__(
+        self,
+        num_images: int = 1,
+        *,
+        steps: int = 8,
+        solver: str = "midpoint",
+        seed: int = 0,
+        first_image: int = 0,
+        batch_size: int = 64,
+        dtype: torch.dtype | None = None,
+        output_type: Literal["pil", "pt"] = "pil",
+    ) -> PipelineOutput:
+        """Make images; arguments as in `LeDiFlowPipeline`, without a latent sampler.
+
+        Returns:
+            A `PipelineOutput`; its nfe has the key flow.
+
+        Raises:
+            UserError: unknown solver, or steps, num_images or batch_size below 1.
+        """
+        return self._request(
+            num_images,
+            first_image=first_image,
+            steps=steps,
+            solver=solver,
+            seed=seed,
+            batch_size=batch_size,
+            dtype=dtype,
+            output_type=output_type,
+        )
+
+    def _generate(
+        self, indices: Sequence[int], nfe: Counter[str], *, seed: int, steps: int, solver: str, **options: Any
+    ) -> Tensor:
+        shape = (self.flow.config.in_channels, *pair(self.flow.config.sample_size))
+        x = image_noise(shape, seed=seed, indices=indices, stream="x", device=self.device)
+        solution = ode.integrate(lambda t, state: self.flow(state, t), x, steps=steps, solver=solver)
+        nfe["flow"] = solution.nfe
+        return solution.end

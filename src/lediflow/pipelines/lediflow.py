@@ -1,0 +1,107 @@
+"""LeDiFlowPipeline: w ~ N(0, 1) -> z -> x ~ P_L -> image."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lediflow import ode
+from lediflow.networks.auxiliary import AuxiliaryModel
+from lediflow.networks.velocity import VelocityTransformer
+from lediflow.pipelines.base import ImagePipeline, PipelineOutput
+from lediflow.sources import image_noise
+
+
+class LeDiFlowPipeline(ImagePipeline):
+    """Flow matching that starts at the learned prior (LeDiFlow, arXiv 2505.20723).
+
+    Args:
+        auxiliary: theta_E and theta_D.
+        flow: theta_FM.
+        sampler: theta_L.
+    """
+
+    model_cpu_offload_seq = "sampler->auxiliary->flow"
+
+    def __init__(
+        self, auxiliary: AuxiliaryModel, flow: VelocityTransformer, sampler: VelocityTransformer
+    ):
+        super().__init__()
+        self.register_modules(auxiliary=auxiliary, flow=flow, sampler=sampler)
+
+    def __call__(
+        self,
+        num_images: int = 1,
+        *,
+        steps: int = 2,
+        latent_steps: int = 4,
+        solver: str = "midpoint",
+        latent_solver: str | None = None,
+        seed: int = 0,
+        first_image: int = 0,
+        batch_size: int = 64,
+        dtype: torch.dtype | None = None,
+        output_type: Literal["pil", "pt"] = "pil",
+    ) -> PipelineOutput:
+        """Make images.
+
+        Args:
+            num_images: how many.
+            steps: solver steps of the flow model.
+            latent_steps: solver steps of the latent sampler.
+            solver: one of `ode.SOLVERS`.
+            latent_solver: of the latent sampler; None for `solver`.
+            seed: of the request; image i depends on (seed, i) only.
+            first_image: index i of the first image, to go on with an earlier request.
+            batch_size: images at a time.
+            dtype: autocast to torch.bfloat16 or torch.float16; None computes as the weights are.
+            output_type: "pil", or "pt" for a tensor (N, C, H, W) in [-1, 1].
+
+        Returns:
+            A `PipelineOutput`; its nfe has the keys sampler, decoder and flow.
+
+        Raises:
+            UserError: unknown solver, or steps, num_images or batch_size below 1.
+        """
+        ode.check_solver(latent_solver or solver, latent_steps)
+        return self._request(
+            num_images,
+            first_image=first_image,
+            steps=steps,
+            solver=solver,
+            seed=seed,
+            batch_size=batch_size,
+            dtype=dtype,
+            output_type=output_type,
+            latent_steps=latent_steps,
+            latent_solver=latent_solver or solver,
+        )
+
+    def _generate(
+        self, indices: Sequence[int], nfe: Counter[str], *, seed: int, steps: int, solver: str, **options: Any
+    ) -> Tensor:
+        w = image_noise(
+            self.auxiliary.latent_shape, seed=seed, indices=indices, stream="w", device=self.device
+        )
+        solution = ode.integrate(
+            lambda t, state: self.sampler(state, t),
+            w,
+            steps=options["latent_steps"],
+            solver=options["latent_solver"],
+        )
+        z = self.auxiliary.unstandardize(solution.end)
+        nfe["sampler"] = solution.nfe
+
+        prior = self.auxiliary.decode(z)
+        nfe["decoder"] = 1
+        noise = image_noise(prior.mean.shape[1:], seed=seed, indices=indices, stream="x", device=self.device)
+
+        solution = ode.integrate(
+            lambda t, state: self.flow(state, t, z), prior.at(noise), steps=steps, solver=solver
+        )
+        nfe["flow"] = solution.nfe
+        return solution.end

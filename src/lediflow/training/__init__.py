@@ -1,0 +1,1 @@
+"""From a config to trained networks: typed settings, the stages, one loop, checkpoints."""

@@ -1,0 +1,267 @@
+"""Every setting of a run, typed. A config comes from a preset or a YAML file plus `--set a.b=c`.
+
+An unknown key, a wrong type or an impossible value is refused by name, with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lediflow.errors import UserError, nearest
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Size = Positive | tuple[Positive, Positive]
+StageName = Literal["auxiliary", "flow", "sampler", "baseline"]
+STAGES: tuple[StageName, ...] = ("auxiliary", "flow", "sampler", "baseline")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Which images, and how they are brought to size."""
+
+    train: str | None = Field(None, description="folder of images, Parquet file or glob, or 'digits'")
+    validation: str | None = Field(None, description="held-out images; default: the split of that name")
+    image_size: Positive = Field(32, description="side of the square images, pixels")
+    channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for RGB")
+    crop: Literal["center", "random"] = Field("center", description="which square of an oblong image")
+    flip: bool = Field(True, description="mirror half of the images")
+    workers: Count = Field(0, description="processes that decode images; 0 decodes in the main process")
+    cache_gb: float = Field(1.0, ge=0, description="keep decoded images in memory when they fit, GB")
+    max_broken: float = Field(0.5, ge=0, le=1, description="share of unreadable images that stops the run")
+
+
+class LevelsConfig(_Section):
+    """Sizes that every network has."""
+
+    patch_size: Positive = 1
+    widths: tuple[Positive, ...] = Field(..., description="of the levels, finest first")
+    depths: tuple[Positive, ...] = Field(..., description="blocks per level")
+    d_head: Positive = 64
+    ff_factor: float = Field(3.0, gt=0, description="d_ff = ff_factor * width")
+    kernel_size: Positive = Field(7, description="side of the attention neighbourhood, odd")
+    global_levels: Count = Field(1, description="how many of the lowest levels attend globally")
+
+
+class AuxiliaryConfig(LevelsConfig):
+    """The auxiliary model, theta_E and theta_D."""
+
+    decoder_widths: tuple[Positive, ...] | None = Field(None, description="default: the encoder's")
+    decoder_depths: tuple[Positive, ...] | None = Field(None, description="default: the encoder's")
+    latent_channels: Positive = 4
+    latent_size: Size = 8
+
+
+class SamplerConfig(LevelsConfig):
+    """The latent sampler, theta_L, a flow on z."""
+
+    mapping_width: Positive = 256
+    mapping_depth: Count = 0
+
+
+class FlowConfig(LevelsConfig):
+    """The flow model theta_FM; the baseline is the same network without z."""
+
+    mapping_width: Positive = 256
+    mapping_depth: Count = 2
+    latent_conditioning: Literal["concat", "mapping"] = Field(
+        "concat", description="how z enters: beside the patches, or through the mapping network"
+    )
+
+
+class StageConfig(_Section):
+    """How one stage is optimised (AdamW)."""
+
+    steps: Positive = 1000
+    batch_size: Positive = 64
+    learning_rate: float = Field(3e-4, gt=0)
+    warmup_steps: Count = Field(100, description="linear warm-up")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="after warm-up; cosine ends at 0")
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(1e-2, ge=0, description="on matrices only")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="cap of the decay 1 - (1 + n)^(-2/3)")
+
+
+class AuxiliaryStageConfig(StageConfig):
+    """Stage `auxiliary`."""
+
+    beta: float = Field(1.0, ge=0, description="weight of the KL term, 1 is the ELBO (see gaussian.elbo_loss)")
+
+
+class FlowStageConfig(StageConfig):
+    """Stage `flow`."""
+
+    importance_weighting: bool = Field(True, description="eq. 6 instead of eq. 2")
+
+
+class TrainingConfig(_Section):
+    """What all stages share, and each stage's own settings."""
+
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = Field(False, description="torch.compile the network (under a minute once, then faster)")
+    log_every: Positive = 20
+    preview_every: Positive = 500
+    checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
+    auxiliary: AuxiliaryStageConfig = AuxiliaryStageConfig()
+    flow: FlowStageConfig = FlowStageConfig()
+    sampler: StageConfig = StageConfig()
+    baseline: StageConfig = StageConfig()
+
+
+class Config(_Section):
+    """All settings of a run; what a preset, a YAML file and a run's config.yaml hold."""
+
+    description: str = ""
+    needs: str = Field("", description="memory and time, in words")
+    data: DataConfig = DataConfig()
+    auxiliary: AuxiliaryConfig
+    flow: FlowConfig
+    sampler: SamplerConfig
+    training: TrainingConfig = TrainingConfig()
+
+    def stage(self, name: StageName) -> StageConfig:
+        """Return the settings of the stage `name`."""
+        stage: StageConfig = getattr(self.training, name)
+        return stage
+
+    def to_yaml(self) -> str:
+        """Return every setting as YAML, in the order of the classes."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+# What may change between a run and its continuation without making it another run.
+FREE_KEYS = (
+    "description",
+    "needs",
+    "data.train",
+    "data.validation",
+    "data.workers",
+    "data.cache_gb",
+    "data.max_broken",
+    "training.compile",
+    "training.log_every",
+    "training.preview_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    *(f"training.{stage}.steps" for stage in STAGES),
+)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package, sorted."""
+    return sorted(p.name.removesuffix(".yaml") for p in _preset_folder().iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(source: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a preset by name or a YAML file by path, and apply overrides `a.b=value` (value as in YAML).
+
+    Raises:
+        UserError: no such preset or file, not YAML, or a setting that is unknown or impossible.
+    """
+    tree = _read_tree(source)
+    for override in overrides or []:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(tree, e) for e in error.errors())) from None
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Return {key: (old, new)} for each setting in which a run and its continuation must not differ."""
+    a, b = (_flatten(c.model_dump(mode="json")) for c in (old, new))
+    return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k) and k not in FREE_KEYS}
+
+
+def _preset_folder():
+    return resources.files("lediflow") / "presets"
+
+
+def _read_tree(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"no config file {source}")
+        text = path.read_text(encoding="utf-8")
+    else:
+        names = preset_names()
+        if str(source) not in names:
+            raise UserError(
+                f"unknown preset {str(source)!r}{nearest(str(source), names)}; "
+                f"give a YAML file or one of {', '.join(names)}"
+            )
+        text = (_preset_folder() / f"{source}.yaml").read_text(encoding="utf-8")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{source} must hold settings as `key: value`")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override!r}: write it as key.subkey=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: {text!r} is not a valid value") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {key}: {parent!r} is a value, it has no keys below it")
+    node[last] = value
+
+
+def _number(text: str) -> str | float:
+    # YAML 1.1 reads 1e-3 as a string, which nobody means
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(tree: dict[str, Any], error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(key, _all_keys(Config))}"
+    if error["type"] == "missing":
+        return f"missing key {key!r}"
+    return f"{key}: {error['msg'].lower()}, got {error['input']!r}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,223 @@
+"""A run folder: its config, its stages in order, its pipeline and its model card.
+
+    RUN/config.yaml             every setting, as resolved
+    RUN/<stage>/                checkpoints/step-N/, metrics.jsonl, previews/
+    RUN/logs/                   TensorBoard
+    RUN/pipeline/               what LeDiFlowPipeline.from_pretrained loads
+    RUN/baseline/pipeline/      what FlowMatchingPipeline.from_pretrained loads
+    RUN/README.md               model card
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from lediflow.data.images import ImageData
+from lediflow.errors import UserError, nearest
+from lediflow.files import write_folder, write_text
+from lediflow.networks.auxiliary import AuxiliaryModel
+from lediflow.pipelines.flow_matching import FlowMatchingPipeline
+from lediflow.pipelines.lediflow import LeDiFlowPipeline
+from lediflow.training import checkpoint
+from lediflow.training.config import STAGES, Config, StageName, differences, load_config
+from lediflow.training.stages import BUILDERS, build_stage
+from lediflow.training.trainer import fit, make_accelerator
+
+
+def train(
+    config: Config,
+    output: str | Path,
+    *,
+    stages: Iterable[str] = STAGES,
+    device: str | None = None,
+    resume: bool = True,
+) -> Path:
+    """Train the stages of a run in their order and write its pipelines; return the run folder.
+
+    Args:
+        config: every setting.
+        output: run folder; where it holds the same run already, each stage goes on from its last checkpoint.
+        stages: which stages; `flow` and `sampler` need `auxiliary`, trained now or earlier.
+        device: "cpu", "cuda" or "mps"; None for the best there is.
+        resume: False moves each of the stages' earlier folders aside and trains it again.
+
+    Raises:
+        UserError: an impossible config, unreadable data, another run in `output`, an unknown stage or device.
+        Interrupted: after SIGINT or SIGTERM, with the state saved.
+    """
+    run, chosen = Path(output), _in_order(stages)
+    check_networks(config)
+    if config.data.train is None:
+        raise UserError("no dataset: give --data FOLDER (or a Parquet file), or set data.train")
+    _claim(run, config, chosen, resume)
+    accelerator = make_accelerator(config, device, run / "logs")
+    data = ImageData(
+        config.data.train,
+        image_size=config.data.image_size,
+        channels=config.data.channels,
+        crop=config.data.crop,
+        flip=config.data.flip,
+        max_broken=config.data.max_broken,
+        cache_gb=config.data.cache_gb,
+    )
+    _say(f"{len(data)} images of {config.data.image_size} px from {config.data.train}; run folder {run}")
+    for name in chosen:
+        auxiliary, state = None, {}
+        if name in ("flow", "sampler"):
+            auxiliary = load_network(run, "auxiliary", config)
+            state = {"auxiliary": checkpoint.digest(last_checkpoint(run, "auxiliary"))}
+        with accelerator.autocast():
+            stage = build_stage(name, config, data, accelerator.device, auxiliary)
+        last = fit(stage, run / name, accelerator, state=state, resume=resume)
+        _say(f"{name}: done, {last}")
+        write_pipelines(run, config)
+    accelerator.end_training()
+    return run
+
+
+def check_networks(config: Config) -> dict[str, int]:
+    """Build every network without memory and return its parameter count by stage name.
+
+    Raises:
+        UserError: sizes that do not fit each other, by name.
+    """
+    with torch.device("meta"):
+        return {
+            name: sum(p.numel() for p in build(config).parameters()) for name, build in BUILDERS.items()
+        }
+
+
+def last_checkpoint(run: Path, name: StageName) -> Path:
+    """Return the folder of a stage's last checkpoint.
+
+    Raises:
+        UserError: the stage has none yet.
+    """
+    folder = run / name / "checkpoints"
+    steps = checkpoint.steps_on_disk(folder)
+    if not steps:
+        raise UserError(f"{run} has no trained {name} stage yet; run `lediflow train ... --stage {name}` first")
+    return folder / f"step-{steps[-1]}"
+
+
+def load_network(run: Path, name: StageName, config: Config):
+    """Return a stage's network with its averaged weights, in evaluation mode.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, or one of another size.
+    """
+    folder = last_checkpoint(run, name)
+    network = BUILDERS[name](config)
+    try:
+        network.load_state_dict(checkpoint.load_tensors(folder, "ema.safetensors"))
+    except RuntimeError as error:
+        raise UserError(f"{folder} does not fit the config: {str(error).splitlines()[-1].strip()}") from None
+    return network.eval().requires_grad_(False)
+
+
+def write_pipelines(run: Path, config: Config) -> None:
+    """Write what `from_pretrained` loads, for as many stages as are trained."""
+    trained = {name for name in STAGES if checkpoint.steps_on_disk(run / name / "checkpoints")}
+    if {"auxiliary", "flow", "sampler"} <= trained and _same_auxiliary(run):
+        auxiliary: AuxiliaryModel = load_network(run, "auxiliary", config)
+        pipeline = LeDiFlowPipeline(
+            auxiliary=auxiliary,
+            flow=load_network(run, "flow", config),
+            sampler=load_network(run, "sampler", config),
+        )
+        write_folder(run / "pipeline", lambda folder: pipeline.save_pretrained(folder))
+    if "baseline" in trained:
+        baseline = FlowMatchingPipeline(flow=load_network(run, "baseline", config))
+        write_folder(run / "baseline" / "pipeline", lambda folder: baseline.save_pretrained(folder))
+    write_text(run / "README.md", _model_card(run, config))
+
+
+def _same_auxiliary(run: Path) -> bool:
+    """Whether flow and sampler were trained on the auxiliary model that is there now."""
+    now = checkpoint.digest(last_checkpoint(run, "auxiliary"))
+    saved = (checkpoint.load_state(last_checkpoint(run, name)) for name in ("flow", "sampler"))
+    return all(state.get("auxiliary") == now for state in saved)
+
+
+def _in_order(stages: Iterable[str]) -> list[StageName]:
+    wanted = list(stages)
+    for name in wanted:
+        if name not in STAGES:
+            raise UserError(f"unknown stage {name!r}{nearest(name, STAGES)}; choose from {', '.join(STAGES)}")
+    return [name for name in STAGES if name in wanted]
+
+
+def _claim(run: Path, config: Config, chosen: list[StageName], resume: bool) -> None:
+    """Make the run folder this config's, or refuse when it belongs to another."""
+    path = run / "config.yaml"
+    if path.exists():
+        changed = differences(load_config(path), config)
+        if changed and resume:
+            listed = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in changed.items())
+            raise UserError(
+                f"{run} holds a run of another config ({listed}); choose another --output, or --no-resume"
+            )
+        if changed and set(chosen) != set(STAGES):
+            raise UserError(f"{run}: with another config, --no-resume must train all stages (leave --stage out)")
+    elif run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file, not a run folder; choose another --output")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            for name in chosen:
+                _move_aside(run / name)
+        write_text(path, config.to_yaml())
+    except OSError as error:
+        raise UserError(f"cannot write to {run}: {error}") from None
+
+
+def _move_aside(folder: Path) -> None:
+    if not folder.exists():
+        return
+    n = 1
+    while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
+        n += 1
+    folder.rename(old)
+
+
+def _model_card(run: Path, config: Config) -> str:
+    counts = check_networks(config)
+    rows = []
+    for name in STAGES:
+        steps = checkpoint.steps_on_disk(run / name / "checkpoints")
+        settings = config.stage(name)
+        images = f"{steps[-1] * settings.batch_size:,}" if steps else "not trained"
+        rows.append(f"| {name} | {counts[name] / 1e6:.2f} M | {steps[-1] if steps else 0} | {images} |")
+    return f"""---
+library_name: lediflow
+pipeline_tag: unconditional-image-generation
+---
+# {run.resolve().name}
+
+{config.description}
+
+An image generator trained with lediflow on `{config.data.train}` at {config.data.image_size} px,
+{"RGB" if config.data.channels == 3 else "grey"}. The pictures it makes carry the content, the biases and the
+licence terms of that data: check them before you share this folder.
+
+| network | parameters | steps | images seen |
+| --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+```python
+from lediflow import LeDiFlowPipeline
+
+pipe = LeDiFlowPipeline.from_pretrained("pipeline")
+images = pipe(num_images=16, steps=2, seed=0).images
+```
+
+Every setting is in `config.yaml`.
+"""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,277 @@
+"""What each stage learns: a stage is a network, a loss and a preview. The loop is in trainer.py.
+
+auxiliary  y -> q(z|y) -> P_L                 eq. 4 and 5
+flow       x ~ P_L -> y, given z and t        eq. 6
+sampler    w ~ N(0, 1) -> z, standardised     eq. 2
+baseline   x ~ N(0, 1) -> y                   eq. 2, the flow's network without z
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lediflow import flow, ode
+from lediflow.data.images import ImageData, to_float
+from lediflow.gaussian import DiagonalGaussian, elbo_loss
+from lediflow.networks.auxiliary import AuxiliaryModel
+from lediflow.networks.velocity import VelocityTransformer
+from lediflow.sources import derive_seed, image_noise
+from lediflow.training.config import Config, StageConfig, StageName
+
+PREVIEW_IMAGES = 8
+Batch = dict[str, Tensor]
+Losses = tuple[Tensor, dict[str, Tensor]]
+
+
+def build_auxiliary(config: Config) -> AuxiliaryModel:
+    """Build theta_E and theta_D for the config's image size; raises UserError for sizes that do not fit."""
+    sizes = config.auxiliary.model_dump()
+    return AuxiliaryModel(sample_size=config.data.image_size, in_channels=config.data.channels, **sizes)
+
+
+def build_flow(config: Config, *, conditional: bool = True) -> VelocityTransformer:
+    """Build theta_FM, or the baseline's network (the same without z) when not `conditional`."""
+    sizes = config.flow.model_dump()
+    if conditional:
+        sizes |= {
+            "latent_channels": config.auxiliary.latent_channels,
+            "latent_size": config.auxiliary.latent_size,
+        }
+    else:
+        sizes.pop("latent_conditioning")
+    return VelocityTransformer(sample_size=config.data.image_size, in_channels=config.data.channels, **sizes)
+
+
+def build_sampler(config: Config) -> VelocityTransformer:
+    """Build theta_L, a flow on z."""
+    return VelocityTransformer(
+        sample_size=config.auxiliary.latent_size,
+        in_channels=config.auxiliary.latent_channels,
+        **config.sampler.model_dump(),
+    )
+
+
+BUILDERS: dict[StageName, Callable[[Config], nn.Module]] = {
+    "auxiliary": build_auxiliary,
+    "flow": build_flow,
+    "sampler": build_sampler,
+    "baseline": lambda config: build_flow(config, conditional=False),
+}
+
+
+class Stage(ABC):
+    """One thing to learn.
+
+    Attributes:
+        name: of the stage.
+        network: what is trained.
+        settings: how it is optimised.
+    """
+
+    name: StageName
+    network: Any
+
+    def __init__(self, config: Config, data: ImageData, device: torch.device):
+        self.config, self.data, self.device = config, data, device
+        self.settings: StageConfig = config.stage(self.name)
+        # the initial weights depend on the seed and the stage alone, whatever ran before
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.training.seed, self.name, "init"))
+            self.network = BUILDERS[self.name](config).to(device)
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+        """Return the scalar to minimise and named scalars to log, for a batch of images."""
+
+    @abstractmethod
+    def preview(self) -> list[Tensor]:
+        """Return rows of images (n, C, H, W) that show what the network does now, with fixed noise."""
+
+    def finish(self) -> None:
+        """Measure what must be kept with the trained network; called once, with its averaged weights."""
+
+    def preview_noise(self, shape: tuple[int, ...], stream: str) -> Tensor:
+        """Fixed noise for previews, (PREVIEW_IMAGES, *shape)."""
+        return image_noise(shape, seed=0, indices=range(PREVIEW_IMAGES), stream=stream, device=self.device)
+
+    def preview_images(self) -> Tensor:
+        """The first images of the data, (n, C, H, W) in [-1, 1]."""
+        n = min(PREVIEW_IMAGES, len(self.data))
+        return to_float(torch.stack([self.data[i]["image"] for i in range(n)])).to(self.device)
+
+
+class AuxiliaryStage(Stage):
+    """Learn the encoder and the decoder together."""
+
+    name = "auxiliary"
+
+    def loss(self, model, batch, generator):
+        """VGL + beta KL, eq. 5."""
+        y = batch["image"]
+        noise = torch.randn(
+            (len(y), *self.network.latent_shape), generator=generator, device=self.device
+        )
+        posterior, prior = model(y, noise)
+        loss = elbo_loss(prior, y, posterior, self.config.training.auxiliary.beta)
+        with torch.no_grad():
+            metrics = {
+                "vgl": prior.nll(y).mean(),
+                "kl_per_image": posterior.kl().flatten(1).sum(1).mean(),
+                "sigma": prior.std.mean(),
+                "transport_cost": (y - prior.mean).square().mean() + prior.std.square().mean(),
+            }
+        return loss, metrics
+
+    def preview(self):
+        """Rows: images, mu, a sample of P_L."""
+        y = self.preview_images()
+        prior = self.network.decode(self.network.encode(y).mean)
+        return [y, prior.mean, prior.at(self.preview_noise(y.shape[1:], "x")[: len(y)])]
+
+    def finish(self):
+        """Measure mean and standard deviation of z per channel over the training set."""
+        posterior = encode_all(self.network, self.data, self.device)
+        mean = posterior.mean.mean((0, 2, 3), keepdim=True)
+        variance = (posterior.mean - mean).square() + posterior.std.square()
+        self.network.latent_mean.copy_(mean)
+        self.network.latent_std.copy_(variance.mean((0, 2, 3), keepdim=True).sqrt())
+
+
+class _OnLatents(Stage):
+    """A stage that needs the trained auxiliary model; q(z|y) is encoded once where that is possible."""
+
+    def __init__(self, config: Config, data: ImageData, device: torch.device, auxiliary: AuxiliaryModel):
+        super().__init__(config, data, device)
+        self.auxiliary = auxiliary.to(device).eval().requires_grad_(False)
+        self._cache: tuple[DiagonalGaussian, DiagonalGaussian | None] | None = None
+        if data.cached:
+            mirrored = encode_all(auxiliary, data, device, mirror=True) if config.data.flip else None
+            self._cache = encode_all(auxiliary, data, device), mirrored
+
+    @torch.no_grad()
+    def posterior(self, batch: Batch) -> DiagonalGaussian:
+        """Return q(z|y) of the images of the batch."""
+        if self._cache is None:
+            return self.auxiliary.encode(batch["image"])
+        plain, mirrored = self._cache
+        index = batch["index"].to(self.device)
+        mean, log_var = plain.mean[index], plain.log_var[index]
+        if mirrored is not None:
+            flipped = batch["flipped"].to(self.device).view(-1, 1, 1, 1)
+            mean = torch.where(flipped, mirrored.mean[index], mean)
+            log_var = torch.where(flipped, mirrored.log_var[index], log_var)
+        return DiagonalGaussian(mean, log_var)
+
+
+class FlowStage(_OnLatents):
+    """Learn to carry x ~ P_L to y."""
+
+    name = "flow"
+
+    def loss(self, model, batch, generator):
+        """Importance-weighted flow matching, eq. 6."""
+        y = batch["image"]
+        z = self.posterior(batch).sample(generator)
+        with torch.no_grad():
+            prior = self.auxiliary.decode(z)
+        x = prior.sample(generator)
+        t = flow.stratified_t(len(y), generator, self.device)
+        v = model(flow.phi(x, y, t), t, z)
+        plain = flow.matching_loss(v, x, y)
+        if not self.config.training.flow.importance_weighting:
+            return plain, {}
+        return flow.weighted_matching_loss(v, x, y, prior.std), {"unweighted": plain.detach()}
+
+    def preview(self):
+        """Rows: images, mu at their z, and 1, 2, 4 midpoint steps from P_L at their z."""
+        y = self.preview_images()
+        z = self.auxiliary.encode(y).mean
+        prior = self.auxiliary.decode(z)
+        x = prior.at(self.preview_noise(y.shape[1:], "x")[: len(y)])
+        ends = [
+            ode.integrate(lambda t, state: self.network(state, t, z), x, steps=n).end for n in (1, 2, 4)
+        ]
+        return [y, prior.mean, *ends]
+
+
+class SamplerStage(_OnLatents):
+    """Learn to carry w ~ N(0, 1) to z."""
+
+    name = "sampler"
+
+    def loss(self, model, batch, generator):
+        """Flow matching on standardised z, eq. 2."""
+        z = self.auxiliary.standardize(self.posterior(batch).sample(generator))
+        w = torch.randn(z.shape, generator=generator, device=self.device)
+        t = flow.stratified_t(len(z), generator, self.device)
+        return flow.matching_loss(model(flow.phi(w, z, t), t), w, z), {}
+
+    def preview(self):
+        """Rows: mu at z from 1, 2, 4 midpoint steps."""
+        w = self.preview_noise(self.auxiliary.latent_shape, "w")
+        ends = [
+            ode.integrate(lambda t, state: self.network(state, t), w, steps=n).end for n in (1, 2, 4)
+        ]
+        return [self.auxiliary.decode(self.auxiliary.unstandardize(z)).mean for z in ends]
+
+
+class BaselineStage(Stage):
+    """Plain flow matching with the flow's network."""
+
+    name = "baseline"
+
+    def loss(self, model, batch, generator):
+        """Flow matching from N(0, 1), eq. 2."""
+        y = batch["image"]
+        x = torch.randn(y.shape, generator=generator, device=self.device)
+        t = flow.stratified_t(len(y), generator, self.device)
+        return flow.matching_loss(model(flow.phi(x, y, t), t), x, y), {}
+
+    def preview(self):
+        """Rows: 1, 2, 4, 8 midpoint steps."""
+        shape = (self.config.data.channels, self.config.data.image_size, self.config.data.image_size)
+        x = self.preview_noise(shape, "x")
+        return [
+            ode.integrate(lambda t, state: self.network(state, t), x, steps=n).end for n in (1, 2, 4, 8)
+        ]
+
+
+def build_stage(
+    name: StageName, config: Config, data: ImageData, device: torch.device, auxiliary: AuxiliaryModel | None
+) -> Stage:
+    """Return the stage `name`; `auxiliary` is the trained model that `flow` and `sampler` start from."""
+    if name == "auxiliary":
+        return AuxiliaryStage(config, data, device)
+    if name == "baseline":
+        return BaselineStage(config, data, device)
+    assert auxiliary is not None, "trainer.train loads it before these stages"
+    return {"flow": FlowStage, "sampler": SamplerStage}[name](config, data, device, auxiliary)
+
+
+@torch.no_grad()
+def encode_all(
+    auxiliary: AuxiliaryModel,
+    data: ImageData,
+    device: torch.device,
+    *,
+    mirror: bool = False,
+    batch_size: int = 256,
+) -> DiagonalGaussian:
+    """Return q(z|y) of all images of `data` in order, (N, c, h, w), of their mirror images if `mirror`."""
+    means, log_vars = [], []
+    for start in range(0, len(data), batch_size):
+        stop = min(start + batch_size, len(data))
+        if data.cached:
+            images = data.images[start:stop]
+        else:
+            images = torch.stack([data[i]["image"] for i in range(start, stop)])
+        y = to_float(images).to(device)
+        posterior = auxiliary.encode(y.flip(-1) if mirror else y)
+        means.append(posterior.mean)
+        log_vars.append(posterior.log_var)
+    return DiagonalGaussian(torch.cat(means), torch.cat(log_vars))

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+
+from lediflow.errors import UserError
+from lediflow.evaluation import latency
+from lediflow.evaluation.latency import compare, measure
+
+
+class Clock:
+    """Stands in for the clock; each call of a candidate moves it on by what the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(latency.time, "perf_counter", lambda: self.now)
+
+    def work(self, *seconds: float):
+        left = list(seconds)
+
+        def fn() -> None:
+            self.now += left.pop(0)
+
+        return fn
+
+
+def test_candidates_take_turns():
+    calls: list[str] = []
+    fns = {name: (lambda name=name: calls.append(name)) for name in "ABC"}
+    results = compare(fns, images=2, repeats=3, warmup=2)
+    assert "".join(calls) == "ABC" * 5
+    assert list(results) == ["A", "B", "C"]
+    assert all(r.repeats == 3 and r.batch_size == 2 for r in results.values())
+
+
+def test_figures_leave_the_warm_up_out(monkeypatch):
+    clock = Clock(monkeypatch)
+    result = measure(clock.work(100.0, 1.0, 2.0, 4.0), images=8, repeats=3, warmup=1)
+    assert result.ms_per_image == pytest.approx(2000 / 8)
+    assert result.images_per_second == pytest.approx(8 / 2)
+    assert result.spread == pytest.approx((4 - 1) / 2)
+
+
+def test_each_candidate_has_its_own_time(monkeypatch):
+    clock = Clock(monkeypatch)
+    fns = {"slow": clock.work(3.0, 3.0), "fast": clock.work(1.0, 1.0)}
+    results = compare(fns, images=1, repeats=2, warmup=0)
+    assert results["slow"].ms_per_image == pytest.approx(3000)
+    assert results["fast"].ms_per_image == pytest.approx(1000)
+    assert results["fast"].spread == 0
+
+
+def test_cuda_is_waited_for_on_both_sides_of_each_call(monkeypatch):
+    events: list[str] = []
+    monkeypatch.setattr(latency.torch.cuda, "synchronize", lambda device: events.append(str(device)))
+    measure(lambda: events.append("call"), images=1, repeats=2, warmup=1, device="cuda:1")
+    assert events == ["cuda:1", "call", "cuda:1"] * 3
+
+
+def test_work_that_takes_no_time_has_finite_figures(monkeypatch):
+    Clock(monkeypatch)
+    result = measure(lambda: None, images=1)
+    assert result.spread == 0
+    assert result.images_per_second < float("inf")
+
+
+@pytest.mark.parametrize("wrong", [{"images": 0}, {"repeats": 0}, {"warmup": -1}, {"fns": {}}])
+def test_mistakes(wrong):
+    arguments = {"fns": {"A": lambda: None}, "images": 1, **wrong}
+    with pytest.raises(UserError, match="timing needs"):
+        compare(**arguments)
