@@ -8,6 +8,7 @@ is global.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,18 @@ def self_attention(
     """
     mask = None
     if kernel_size is not None and min(grid) >= kernel_size and max(grid) > kernel_size:
-        mask = neighborhood_mask(grid, kernel_size, q.device)
+        mask = uncached(neighborhood_mask)(grid, kernel_size, q.device)
     if _explicit_is_faster(q):
         return _explicit_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+
+def uncached(function: Any) -> Any:
+    """Return an lru_cached function without its cache while torch.compile traces it.
+
+    The compiler folds the result into the graph as a constant, and warns of caches that it does not know.
+    """
+    return function.__wrapped__ if torch.compiler.is_compiling() else function
 
 
 def _explicit_is_faster(q: Tensor) -> bool:
@@ -45,7 +54,8 @@ def _explicit_is_faster(q: Tensor) -> bool:
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     scores = q @ k.transpose(-1, -2)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        # in place and additive: no copy here, and nothing to do in the backward
+        scores += torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v
 
 

@@ -162,8 +162,9 @@ class AuxiliaryModel(ModelMixin, ConfigMixin):
     @staticmethod
     def _head(layer: nn.Linear, x: Tensor) -> Tensor:
         """Last linear in fp32: exp(-log_var) multiplies whatever bf16 would round."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), layer.weight.float())
+            return F.linear(x.to(dtype), layer.weight.to(dtype))
 
 
 def _count_merges(

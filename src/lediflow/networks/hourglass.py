@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lediflow.errors import UserError
-from lediflow.networks.attention import self_attention
+from lediflow.networks.attention import self_attention, uncached
 
 EPS = 1e-6
 
@@ -30,8 +30,9 @@ def linear(n_in: int, n_out: int, *, zero: bool = False) -> nn.Linear:
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """Mean of squares over the last axis in fp32, kept as an axis of size 1."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
+    """Mean of squares over the last axis in fp32 or finer, kept as an axis of size 1."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square() / x.shape[-1]
 
 
 class RMSNorm(nn.Module):
@@ -57,7 +58,7 @@ class RMSNorm(nn.Module):
             scale = scale.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
         else:
             scale = self.scale
-        return x * (scale.float() * torch.rsqrt(mean_square(x) + EPS)).to(x.dtype)
+        return x * (scale * torch.rsqrt(mean_square(x) + EPS)).to(x.dtype)
 
 
 class GEGLU(nn.Module):
@@ -131,8 +132,8 @@ class SelfAttention(nn.Module):
         """(B, H, W, width) -> (B, H, W, width)."""
         b, h, w, _ = x.shape
         q, k, v = self.qkv(x).view(b, h * w, 3, self.n_heads, self.d_head).unbind(2)
-        root = self.scale.float().sqrt()[:, None]
-        cos, sin = rope_table((h, w), self.n_heads, self.d_head, x.device, q.dtype)
+        root = self.scale.sqrt()[:, None]
+        cos, sin = uncached(rope_table)((h, w), self.n_heads, self.d_head, x.device, q.dtype)
         q, k = (
             rotate(u * (root * torch.rsqrt(mean_square(u) * self.d_head + EPS)).to(u.dtype), cos, sin)
             for u in (q, k)
@@ -200,7 +201,7 @@ class FourierFeatures(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """(B,) -> (B, width)."""
-        angles = 2 * math.pi * s.float()[:, None] * self.frequencies
+        angles = 2 * math.pi * s[:, None] * self.frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 

@@ -1,0 +1,56 @@
+"""What several tests share: tiny settings, a tiny trained run, and where real data may lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# the smallest digits run that still has every part: two levels, neighbourhood attention, a decoder of its own
+TINY = [
+    "auxiliary.widths=[16,16]",
+    "auxiliary.d_head=8",
+    "flow.patch_size=2",
+    "flow.widths=[16,16]",
+    "flow.depths=[1,1]",
+    "flow.d_head=8",
+    "flow.mapping_width=16",
+    "sampler.widths=[16]",
+    "sampler.depths=[1]",
+    "sampler.d_head=8",
+    "sampler.mapping_width=16",
+    "training.precision=fp32",
+    "training.log_every=2",
+    *(
+        f"training.{stage}.{setting}"
+        for stage in ("auxiliary", "flow", "sampler", "baseline")
+        for setting in ("steps=6", "batch_size=8", "warmup_steps=2", "schedule=constant")
+    ),
+]
+
+
+def shared(name: str) -> Path:
+    """Path of real data kept beside the checkout (or in LEDIFLOW_SHARED); skips the test where it is absent."""
+    path = Path(os.environ.get("LEDIFLOW_SHARED", ROOT.parent / "shared")) / name
+    if not path.exists():
+        pytest.skip(f"real data not here: {path}")
+    return path
+
+
+def weights(run, stage):
+    """The averaged weights of a stage's last checkpoint, by name."""
+    from safetensors.torch import load_file
+
+    from lediflow.training.run import last_checkpoint
+
+    return load_file(last_checkpoint(run, stage) / "ema.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run folder with all four stages trained for six steps; copy it before you change it."""
+    from lediflow.training.config import load_config
+    from lediflow.training.run import train
+
+    return train(load_config("digits", TINY), tmp_path_factory.mktemp("runs") / "tiny", device="cpu")

@@ -1,0 +1,181 @@
+"""VelocityTransformer and AuxiliaryModel: conditions, shapes, precision, saving, overfitting one image."""
+
+import pytest
+import torch
+
+from lediflow import flow, ode
+from lediflow.errors import UserError
+from lediflow.gaussian import elbo_loss
+from lediflow.networks.auxiliary import AuxiliaryModel, soft_clamp
+from lediflow.networks.velocity import VelocityTransformer
+
+SMALL = {"widths": (16, 24), "depths": (1, 1), "d_head": 8, "mapping_width": 16, "mapping_depth": 1, "kernel_size": 3}
+AUX = {"widths": (16, 24), "depths": (1, 1), "d_head": 8, "kernel_size": 3, "patch_size": 2, "latent_size": 2}
+
+
+def randomized(model, scale=0.2):
+    """Weights that start at zero would hide what is not connected."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g).abs() if p.ndim == 1 else scale * torch.randn(p.shape, generator=g))
+    return model.eval()
+
+
+def test_starts_as_zero_velocity():
+    net = VelocityTransformer(8, 3, 2, **SMALL)
+    assert (net(torch.randn(2, 3, 8, 8), torch.rand(2)) == 0).all()
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "mapping"])
+@pytest.mark.parametrize("latent_size", [2, 8])
+def test_every_condition_has_an_effect(conditioning, latent_size):
+    net = randomized(
+        VelocityTransformer(
+            (8, 8), 3, 2, latent_channels=2, latent_size=latent_size, latent_conditioning=conditioning,
+            num_classes=3, **SMALL,
+        )
+    )  # fmt: skip
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.2])
+    z, labels = torch.randn(2, 2, latent_size, latent_size), torch.tensor([0, 1])
+    base = net(x, t, z, labels)
+    assert base.shape == x.shape
+    for changed in (net(x, t + 0.3, z, labels), net(x, t, z + 1, labels), net(x, t, z, labels + 1), net(x + 1, t, z, labels)):
+        assert (changed - base).abs().amax((1, 2, 3)).min() > 1e-4
+
+
+def test_z_reaches_the_place_it_stands_for():
+    """With "concat", z at the top left acts on the top left: exactly so before attention, at least mostly after."""
+    net = VelocityTransformer(8, 1, 2, (16,), (1,), d_head=8, mapping_width=16, latent_channels=1, latent_size=2)
+    torch.nn.init.normal_(net.patch_out.proj.weight)
+    x, t, z = torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, 1, 2, 2)
+    z[0, 0, 0, 0] = 1
+    out = net(x, t, z)
+    assert (out[..., :4, :4] != 0).any()
+    assert (out[..., 4:, :] == 0).all()
+    assert (out[..., 4:] == 0).all()
+
+
+def test_non_square_images_and_scalar_time():
+    net = randomized(VelocityTransformer((8, 16), 3, 2, **SMALL))
+    x = torch.randn(1, 3, 8, 16)
+    torch.testing.assert_close(net(x, torch.tensor(0.3)), net(x, torch.tensor([0.3])))
+
+
+def test_batch_size_does_not_change_an_image():
+    net = randomized(VelocityTransformer(8, 3, 2, **SMALL))
+    x, t = torch.randn(5, 3, 8, 8), torch.rand(5)
+    whole = net(x, t)
+    torch.testing.assert_close(whole[3:4], net(x[3:4], t[3:4]), rtol=1e-4, atol=1e-5)
+
+
+def test_missing_and_superfluous_conditions_are_named():
+    net = VelocityTransformer(8, 3, 2, latent_channels=2, latent_size=2, **SMALL)
+    x, t = torch.zeros(1, 3, 8, 8), torch.zeros(1)
+    with pytest.raises(ValueError, match="needs z"):
+        net(x, t)
+    with pytest.raises(ValueError, match="has no class_labels"):
+        net(x, t, torch.zeros(1, 2, 2, 2), torch.zeros(1, dtype=torch.long))
+
+
+def test_latents_that_fit_no_grid_are_refused():
+    with pytest.raises(UserError, match=r"z of 3x3 does not fit a grid of 4x4"):
+        VelocityTransformer(8, 3, 2, latent_channels=2, latent_size=3, **SMALL)
+    with pytest.raises(UserError, match="cannot be reached"):
+        AuxiliaryModel(12, 3, **AUX)
+    with pytest.raises(UserError, match="needs at least 3 levels, not 2"):
+        AuxiliaryModel(16, 3, **AUX)
+
+
+def test_auxiliary_shapes_and_standardised_latents():
+    net = randomized(AuxiliaryModel(8, 3, decoder_widths=(8, 16), decoder_depths=(1, 2), **AUX))
+    y = torch.randn(2, 3, 8, 8)
+    q = net.encode(y)
+    assert q.mean.shape == q.log_var.shape == (2, 4, 2, 2)
+    prior = net.decode(q.mean)
+    assert prior.mean.shape == prior.log_var.shape == y.shape
+    net.latent_mean.fill_(3.0)
+    net.latent_std.fill_(2.0)
+    torch.testing.assert_close(net.unstandardize(net.standardize(q.mean)), q.mean)
+    assert net.standardize(torch.full((1, 4, 1, 1), 5.0)).unique().tolist() == [1.0]
+
+
+def test_levels_beyond_the_merges_stay_on_the_grid_of_z():
+    net = randomized(AuxiliaryModel(8, 3, 2, (16, 24, 32), (1, 1, 1), d_head=8, latent_size=2))
+    assert net.decode(net.encode(torch.randn(1, 3, 8, 8)).mean).mean.shape == (1, 3, 8, 8)
+
+
+def test_log_variances_stay_fp32_under_autocast_and_inside_their_limits():
+    net = randomized(AuxiliaryModel(8, 3, **AUX), scale=30.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        q = net.encode(torch.randn(2, 3, 8, 8))
+        prior = net.decode(q.mean)
+    assert q.log_var.dtype == prior.log_var.dtype == torch.float32
+    assert -9.001 < prior.log_var.min() < -8.5
+    assert 1.5 < prior.log_var.max() < 2.001
+
+
+def test_soft_clamp_is_the_identity_in_the_middle_and_never_flat():
+    x = torch.linspace(-12, 6, 50, dtype=torch.float64, requires_grad=True)
+    y = soft_clamp(x, -9, 2)
+    middle = (x > -5) & (x < -2)
+    torch.testing.assert_close(y[middle], x[middle], rtol=0, atol=0.03)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert (gradient > 0).all()
+    assert torch.autograd.gradcheck(lambda u: soft_clamp(u, -9, 2), (x,))
+
+
+def test_models_come_back_from_disk_as_they_were(tmp_path):
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    net = randomized(VelocityTransformer(8, 3, 2, **SMALL))
+    net.save_pretrained(tmp_path / "flow")
+    assert [p.name for p in (tmp_path / "flow").glob("*.safetensors")]
+    assert torch.equal(VelocityTransformer.from_pretrained(tmp_path / "flow")(x, t), net(x, t))
+    auxiliary = randomized(AuxiliaryModel(8, 3, **AUX))
+    auxiliary.latent_std.fill_(2.0)
+    auxiliary.save_pretrained(tmp_path / "auxiliary")
+    loaded = AuxiliaryModel.from_pretrained(tmp_path / "auxiliary")
+    assert torch.equal(loaded.decode(torch.ones(1, 4, 2, 2)).mean, auxiliary.decode(torch.ones(1, 4, 2, 2)).mean)
+    assert (loaded.latent_std == 2).all()
+
+
+def test_compiled_without_graph_breaks():
+    net = randomized(VelocityTransformer(8, 3, 2, latent_channels=2, latent_size=2, **SMALL))
+    x, t, z = torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 2, 2, 2)
+    explanation = torch._dynamo.explain(net)(x, t, z)
+    assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+def test_overfitting_one_image_gives_a_tight_prior_and_a_one_step_reconstruction():
+    g = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        auxiliary = AuxiliaryModel(8, 1, **AUX)
+        net = VelocityTransformer(8, 1, 2, latent_channels=4, latent_size=2, **SMALL)
+    y = (torch.rand(1, 1, 8, 8, generator=g) * 2 - 1).expand(16, -1, -1, -1)
+
+    optimizer = torch.optim.AdamW(auxiliary.parameters(), lr=3e-3)
+    for _ in range(120):
+        noise = torch.randn(16, 4, 2, 2, generator=g)
+        posterior, prior = auxiliary(y, noise)
+        optimizer.zero_grad()
+        elbo_loss(prior, y, posterior, beta=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        z = auxiliary.encode(y).sample(g)
+        prior = auxiliary.decode(z)
+    assert prior.std.mean() < 0.2
+    assert (prior.mean - y).abs().mean() < 0.2
+
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for _ in range(300):
+        x, t = prior.sample(g), flow.stratified_t(16, g)
+        loss = flow.weighted_matching_loss(net(flow.phi(x, y, t), t, z), x, y, prior.std)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x = prior.sample(g)
+    before = (x - y).square().mean().sqrt()
+    end = ode.integrate(lambda t, state: net(state, t, z), x, steps=1, solver="midpoint").end
+    assert (end - y).square().mean().sqrt() < min(0.05, 0.75 * before)

@@ -1,0 +1,213 @@
+"""Training: resuming, reproducing, checkpoints, run folders, and that the learned prior is nearer."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from conftest import TINY, shared, weights
+
+from lediflow.errors import UserError
+from lediflow.training import checkpoint
+from lediflow.training.config import STAGES, load_config
+from lediflow.training.run import train
+from lediflow.training.trainer import Interrupted, check_device, rate_factor
+
+
+def assert_same_weights(a, b, stages=STAGES):
+    for stage in stages:
+        left, right = weights(a, stage), weights(b, stage)
+        assert left.keys() == right.keys()
+        for name in left:
+            assert torch.equal(left[name], right[name]), (stage, name)
+
+
+def test_a_run_folder_is_complete(tiny_run):
+    for stage in STAGES:
+        assert (tiny_run / stage / "checkpoints" / "step-6" / "optimizer.safetensors").is_file()
+        lines = [json.loads(x) for x in (tiny_run / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [2, 4, 6]
+        assert all(line["loss"] == line["loss"] for line in lines)
+        assert (tiny_run / stage / "previews" / "step-000006.png").is_file()
+    assert list((tiny_run / "logs").rglob("events.out.tfevents.*"))
+    assert load_config(tiny_run / "config.yaml") == load_config("digits", TINY)
+    assert "| flow | " in (tiny_run / "README.md").read_text()
+    leftovers = [p for p in tiny_run.rglob(".*")]
+    assert not leftovers
+
+
+def test_resumed_equals_uninterrupted(tiny_run, tmp_path):
+    """Every stage stopped halfway and continued, against the run that never stopped: bit for bit."""
+    half = [f"training.{stage}.steps=3" for stage in STAGES]
+    run = train(load_config("digits", TINY + half), tmp_path / "run", device="cpu", stages=["auxiliary", "baseline"])
+    assert checkpoint.steps_on_disk(run / "baseline" / "checkpoints") == [3]
+    train(load_config("digits", TINY), run, device="cpu", stages=["auxiliary", "baseline"])
+    train(load_config("digits", TINY + half), run, device="cpu", stages=["flow", "sampler"])
+    train(load_config("digits", TINY), run, device="cpu")
+    assert_same_weights(tiny_run, run)
+    steps = [json.loads(x)["step"] for x in (run / "flow" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 3, 4, 6]
+
+
+def test_another_seed_gives_other_weights(tiny_run, tmp_path):
+    other = load_config("digits", [*TINY, "training.seed=1"])
+    run = train(other, tmp_path / "run", device="cpu", stages=["baseline"])
+    assert not torch.equal(weights(run, "baseline")["patch_in.weight"], weights(tiny_run, "baseline")["patch_in.weight"])
+
+
+def test_stop_signal_saves_and_the_run_goes_on(tiny_run, tmp_path):
+    long = load_config("digits", [*TINY, "training.baseline.steps=100000"])
+    timer = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(Interrupted, match="everything is saved"):
+        train(long, tmp_path / "run", device="cpu", stages=["baseline"])
+    timer.join()
+    reached = checkpoint.steps_on_disk(tmp_path / "run" / "baseline" / "checkpoints")[-1]
+    assert 0 < reached < 100000
+    finish = load_config("digits", [*TINY, f"training.baseline.steps={reached + 2}"])
+    train(finish, tmp_path / "run", device="cpu", stages=["baseline"])
+    assert checkpoint.steps_on_disk(tmp_path / "run" / "baseline" / "checkpoints")[-1] == reached + 2
+
+
+def test_a_run_of_another_config_is_refused_with_the_difference(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    with pytest.raises(UserError, match=r"flow.widths: \[16, 16\] there, \[24, 24\] now"):
+        train(load_config("digits", [*TINY, "flow.widths=[24,24]"]), run, device="cpu")
+
+
+def test_no_resume_moves_the_earlier_stage_aside(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    train(load_config("digits", TINY), run, device="cpu", stages=["baseline"], resume=False)
+    assert (run / "baseline.old-1" / "checkpoints" / "step-6").is_dir()
+    assert_same_weights(tiny_run, run, ["baseline"])
+
+
+def test_a_flow_trained_on_another_auxiliary_model_is_refused(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    longer = load_config("digits", [*TINY, "training.auxiliary.steps=8"])
+    train(longer, run, device="cpu", stages=["auxiliary"])
+    with pytest.raises(UserError, match="trained with another auxiliary.*--no-resume"):
+        train(longer, run, device="cpu", stages=["flow"])
+
+
+def test_stages_that_need_the_auxiliary_model_say_so(tmp_path):
+    with pytest.raises(UserError, match="no trained auxiliary stage yet"):
+        train(load_config("digits", TINY), tmp_path / "run", device="cpu", stages=["flow"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_checkpoint_cut_short_is_named_with_the_way_out(name, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    path = run / "baseline" / "checkpoints" / "step-6" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    longer = load_config("digits", [*TINY, "training.baseline.steps=8"])
+    with pytest.raises(UserError, match="step-6 is damaged or cut short.*delete that folder"):
+        train(longer, run, device="cpu", stages=["baseline"])
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    config = load_config("digits", [*TINY, "training.checkpoint_every=1", "training.keep_checkpoints=2"])
+    run = train(config, tmp_path / "run", device="cpu", stages=["baseline"])
+    assert checkpoint.steps_on_disk(run / "baseline" / "checkpoints") == [5, 6]
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save = lambda: checkpoint.save(  # noqa: E731
+        tmp_path, 1, model=model.state_dict(), ema=model.state_dict(), optimizer=optimizer, state={}, keep=1
+    )
+    save()
+    before = (tmp_path / "step-1" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.weight.zero_()
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device.*free some space"):
+        save()
+    assert (tmp_path / "step-1" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_loss_that_is_not_finite_stops_with_a_diagnosis(tmp_path):
+    config = load_config("digits", [*TINY, "training.baseline.learning_rate=1e30", "training.baseline.steps=50"])
+    with pytest.raises(UserError, match=r"not finite.*training.baseline.learning_rate"):
+        train(config, tmp_path / "run", device="cpu", stages=["baseline"])
+
+
+def test_learning_rate_warms_up_and_decays():
+    settings = load_config("digits").training.flow.model_copy(update={"warmup_steps": 10, "steps": 110})
+    assert rate_factor(5, settings) == pytest.approx(0.5)
+    assert rate_factor(10, settings) == pytest.approx(1.0)
+    assert rate_factor(60, settings) == pytest.approx(0.5)
+    assert rate_factor(110, settings) == pytest.approx(0.0)
+    assert rate_factor(60, settings.model_copy(update={"schedule": "constant"})) == 1.0
+
+
+def test_devices_are_checked_by_name():
+    assert check_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
+        check_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no cuda device"):
+            check_device("cuda:0")
+
+
+def test_unknown_stage_is_refused(tmp_path):
+    with pytest.raises(UserError, match="unknown stage 'flows'.*did you mean 'flow'"):
+        train(load_config("digits", TINY), tmp_path / "run", stages=["flows"])
+
+
+def test_the_learned_prior_is_nearer_than_the_gaussian(tmp_path):
+    """Transport cost E (y - x)^2 per element on held-out digits, after a short training."""
+    from lediflow.data.images import ImageData, to_float
+    from lediflow.training.run import load_network
+
+    config = load_config("digits", [*TINY, "auxiliary.widths=[32,64]", "training.auxiliary.steps=150",
+                                    "training.auxiliary.batch_size=32", "training.auxiliary.learning_rate=3e-3"])  # fmt: skip
+    run = train(config, tmp_path / "run", device="cpu", stages=["auxiliary"])
+    auxiliary = load_network(run, "auxiliary", config)
+    y = to_float(ImageData("digits", image_size=16, channels=1, split="validation").images)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        z = auxiliary.encode(y).sample(g)
+        learned = (y - auxiliary.decode(z).sample(g)).square().mean()
+    gaussian = (y - torch.randn(y.shape, generator=g)).square().mean()
+    assert learned < 0.4 * gaussian
+    standardized = auxiliary.standardize(auxiliary.encode(y).sample(g))
+    assert standardized.mean().abs() < 0.2
+    assert standardized.std().item() == pytest.approx(1, abs=0.2)
+
+
+def test_lazy_data_trains_as_cached_data_does(tmp_path):
+    """Images that do not fit in memory are encoded on the fly; with flips and workers off, all else agrees."""
+    runs = [
+        train(load_config("digits", [*TINY, f"data.cache_gb={gb}"]), tmp_path / str(gb), device="cpu",
+              stages=["auxiliary", "flow"])
+        for gb in (1.0, 0.0)
+    ]  # fmt: skip
+    for stage in ("auxiliary", "flow"):
+        left, right = weights(runs[0], stage), weights(runs[1], stage)
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4)
+
+
+def test_real_faces_train_for_a_few_steps_with_flips(tmp_path):
+    path = shared("data/faces64-validation.parquet")
+    config = load_config("faces-32", [
+        *(o for o in TINY if "widths" not in o and "depths" not in o and "d_head" not in o and "patch" not in o),
+        f"data.train={path}", "auxiliary.widths=[32,32,32]", "flow.widths=[32]", "flow.depths=[1]", "sampler.widths=[32]",
+        "sampler.depths=[1]", "training.precision=bf16",
+    ])  # fmt: skip
+    run = train(config, tmp_path / "run", device="cpu")
+    from lediflow import LeDiFlowPipeline
+
+    images = LeDiFlowPipeline.from_pretrained(run / "pipeline")(2, steps=1, latent_steps=1).images
+    assert images[0].size == (32, 32)
+    assert images[0].mode == "RGB"
