@@ -31,7 +31,7 @@ TINY = [
 
 
 def shared(name: str) -> Path:
-    """Path of real data kept beside the checkout (or in LEDIFLOW_SHARED); skips the test where it is absent."""
+    """Path of real data beside the checkout (or in LEDIFLOW_SHARED); skips the test where it is absent."""
     path = Path(os.environ.get("LEDIFLOW_SHARED", ROOT.parent / "shared")) / name
     if not path.exists():
         pytest.skip(f"real data not here: {path}")

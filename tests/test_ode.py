@@ -32,7 +32,9 @@ def test_gaussian_to_gaussian(solver, x):
     torch.testing.assert_close(end, exact_gaussian_end(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun2", 2), ("heun3", 3), ("rk4", 4)])
+@pytest.mark.parametrize(
+    ("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun2", 2), ("heun3", 3), ("rk4", 4)]
+)
 def test_order_of_convergence(solver, order):
     """y' = -(1 + t) y^2 has the solution 1 / (1/y0 + t + t^2/2); not affine, so no order is lucky."""
     y0 = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)

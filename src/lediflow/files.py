@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lediflow.errors import UserError
 
 
@@ -50,13 +52,11 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             target.rename(old)
         fresh.rename(target)
         _sync(target.parent)
-    except Exception as error:  # safetensors and others wrap the system's error in their own kinds
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's error in its own
         shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, OSError) or "error" in type(error).__name__.lower() and "os error" in str(error):
-            raise UserError(
-                f"cannot write {target}: {error}; free some space or choose another --output"
-            ) from error
-        raise
+        raise UserError(
+            f"cannot write {target}: {error}; free some space or choose another --output"
+        ) from None
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -52,7 +52,9 @@ def check_solver(solver: str, steps: int) -> None:
         UserError: naming what is wrong and the nearest valid name.
     """
     if solver not in EVALUATIONS_PER_STEP:
-        raise UserError(f"unknown solver {solver!r}{nearest(solver, SOLVERS)}; choose from {', '.join(SOLVERS)}")
+        raise UserError(
+            f"unknown solver {solver!r}{nearest(solver, SOLVERS)}; choose from {', '.join(SOLVERS)}"
+        )
     if steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
 

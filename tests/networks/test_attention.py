@@ -1,4 +1,4 @@
-"""Neighbourhood attention against a literal loop over windows, and the two computations against each other."""
+"""Neighbourhood attention against a literal loop, and its two computations against each other."""
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ def literal(q, k, v, grid, kernel):
 
 def qkv(grid, heads=2, d=8, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(3, 2, heads, grid[0] * grid[1], d, generator=g, dtype=torch.float64).to(dtype).unbind(0)
+    return (
+        torch.randn(3, 2, heads, grid[0] * grid[1], d, generator=g, dtype=torch.float64).to(dtype).unbind(0)
+    )
 
 
 @settings(max_examples=20, deadline=None)

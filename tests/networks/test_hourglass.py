@@ -104,12 +104,17 @@ def test_local_above_and_global_below():
 def test_parameter_groups_follow_hdit():
     from lediflow.networks.velocity import VelocityTransformer
 
-    net = VelocityTransformer(8, 1, 2, (16,), (1,), d_head=8, mapping_width=16, mapping_depth=1, num_classes=3)
+    net = VelocityTransformer(
+        8, 1, 2, (16,), (1,), d_head=8, mapping_width=16, mapping_depth=1, num_classes=3
+    )
     groups = list(hg.parameter_groups(net, lr=3e-4, weight_decay=0.1))
     where = {id(p): g for g in groups for p in g["params"]}
     assert len(where) == len(list(net.parameters()))
     block = net.hourglass.middle[0]
-    assert (where[id(block.attention.qkv.weight)]["lr"], where[id(block.attention.qkv.weight)]["weight_decay"]) == (
+    assert (
+        where[id(block.attention.qkv.weight)]["lr"],
+        where[id(block.attention.qkv.weight)]["weight_decay"],
+    ) == (
         3e-4,
         0.1,
     )

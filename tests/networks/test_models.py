@@ -9,7 +9,14 @@ from lediflow.gaussian import elbo_loss
 from lediflow.networks.auxiliary import AuxiliaryModel, soft_clamp
 from lediflow.networks.velocity import VelocityTransformer
 
-SMALL = {"widths": (16, 24), "depths": (1, 1), "d_head": 8, "mapping_width": 16, "mapping_depth": 1, "kernel_size": 3}
+SMALL = {
+    "widths": (16, 24),
+    "depths": (1, 1),
+    "d_head": 8,
+    "mapping_width": 16,
+    "mapping_depth": 1,
+    "kernel_size": 3,
+}
 AUX = {"widths": (16, 24), "depths": (1, 1), "d_head": 8, "kernel_size": 3, "patch_size": 2, "latent_size": 2}
 
 
@@ -18,7 +25,11 @@ def randomized(model, scale=0.2):
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=g).abs() if p.ndim == 1 else scale * torch.randn(p.shape, generator=g))
+            p.copy_(
+                torch.randn(p.shape, generator=g).abs()
+                if p.ndim == 1
+                else scale * torch.randn(p.shape, generator=g)
+            )
     return model.eval()
 
 
@@ -40,13 +51,20 @@ def test_every_condition_has_an_effect(conditioning, latent_size):
     z, labels = torch.randn(2, 2, latent_size, latent_size), torch.tensor([0, 1])
     base = net(x, t, z, labels)
     assert base.shape == x.shape
-    for changed in (net(x, t + 0.3, z, labels), net(x, t, z + 1, labels), net(x, t, z, labels + 1), net(x + 1, t, z, labels)):
+    for changed in (
+        net(x, t + 0.3, z, labels),
+        net(x, t, z + 1, labels),
+        net(x, t, z, labels + 1),
+        net(x + 1, t, z, labels),
+    ):
         assert (changed - base).abs().amax((1, 2, 3)).min() > 1e-4
 
 
 def test_z_reaches_the_place_it_stands_for():
-    """With "concat", z at the top left acts on the top left: exactly so before attention, at least mostly after."""
-    net = VelocityTransformer(8, 1, 2, (16,), (1,), d_head=8, mapping_width=16, latent_channels=1, latent_size=2)
+    """With "concat", z at the top left acts on the top left; at the start attention passes nothing on."""
+    net = VelocityTransformer(
+        8, 1, 2, (16,), (1,), d_head=8, mapping_width=16, latent_channels=1, latent_size=2
+    )
     torch.nn.init.normal_(net.patch_out.proj.weight)
     x, t, z = torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, 1, 2, 2)
     z[0, 0, 0, 0] = 1
@@ -135,7 +153,9 @@ def test_models_come_back_from_disk_as_they_were(tmp_path):
     auxiliary.latent_std.fill_(2.0)
     auxiliary.save_pretrained(tmp_path / "auxiliary")
     loaded = AuxiliaryModel.from_pretrained(tmp_path / "auxiliary")
-    assert torch.equal(loaded.decode(torch.ones(1, 4, 2, 2)).mean, auxiliary.decode(torch.ones(1, 4, 2, 2)).mean)
+    assert torch.equal(
+        loaded.decode(torch.ones(1, 4, 2, 2)).mean, auxiliary.decode(torch.ones(1, 4, 2, 2)).mean
+    )
     assert (loaded.latent_std == 2).all()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import weights
 
-from lediflow import FlowMatchingPipeline, LeDiFlowPipeline, UserError, load_pipeline
+from lediflow import FlowMatchingPipeline, LeDiFlowPipeline, UserError, VelocityTransformer, load_pipeline
 from lediflow.pipelines.base import to_pil
 
 
@@ -41,8 +41,12 @@ def test_image_i_depends_on_seed_and_i_only(folder, tiny_run):
     pipeline = load_pipeline(tiny_run / folder)
     whole = pipeline(5, seed=3, output_type="pt").images
     for size in (1, 2):
-        torch.testing.assert_close(pipeline(5, seed=3, batch_size=size, output_type="pt").images, whole, rtol=0, atol=1e-5)
-    torch.testing.assert_close(pipeline(2, seed=3, first_image=3, output_type="pt").images, whole[3:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            pipeline(5, seed=3, batch_size=size, output_type="pt").images, whole, rtol=0, atol=1e-5
+        )
+    torch.testing.assert_close(
+        pipeline(2, seed=3, first_image=3, output_type="pt").images, whole[3:], rtol=0, atol=1e-5
+    )
     assert not torch.allclose(pipeline(5, seed=4, output_type="pt").images, whole, atol=1e-3)
 
 
@@ -57,13 +61,18 @@ def test_global_random_state_is_left_alone(pipe):
     [
         ({"steps": 2, "latent_steps": 4}, {"sampler": 8, "decoder": 1, "flow": 4}),
         ({"steps": 1, "latent_steps": 2, "solver": "heun3"}, {"sampler": 6, "decoder": 1, "flow": 3}),
-        ({"steps": 1, "latent_steps": 1, "solver": "euler", "latent_solver": "rk4"}, {"sampler": 4, "decoder": 1, "flow": 1}),
+        (
+            {"steps": 1, "latent_steps": 1, "solver": "euler", "latent_solver": "rk4"},
+            {"sampler": 4, "decoder": 1, "flow": 1},
+        ),
     ],
 )
 def test_evaluations_are_counted_as_they_happen(pipe, options, nfe):
     calls = {"sampler": 0, "flow": 0}
     hooks = [
-        getattr(pipe, name).register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+        getattr(pipe, name).register_forward_hook(
+            lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
+        )
         for name in calls
     ]
     out = pipe(2, **options)
@@ -118,8 +127,11 @@ def test_what_cannot_be_loaded_is_named(tiny_run, tmp_path):
     with pytest.raises(UserError, match="cannot load"):
         load_pipeline(broken)
     weights.unlink()
-    with pytest.raises(UserError, match="cannot load"):
+    torch.save(load_pipeline(tiny_run).flow.state_dict(), weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match="cannot load"):  # pickled weights are not an alternative
         load_pipeline(broken)
+    with pytest.raises(OSError, match="safetensors"):
+        VelocityTransformer.from_pretrained(broken / "flow")
     index = json.loads((broken / "model_index.json").read_text())
     (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(UserError, match="is a StableDiffusionPipeline"):

@@ -12,7 +12,9 @@ from lediflow.cli.options import Device, Set
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Run folder; an unfinished demo there goes on.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(help="Run folder; an unfinished demo there goes on.")] = Path(
+        "runs/demo"
+    ),
     settings: Set = None,
     device: Device = None,
 ) -> None:

@@ -13,7 +13,9 @@ from lediflow.cli.options import Device
 
 
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, saved pipeline folder, or Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Run folder, saved pipeline folder, or Hub id.")
+    ],
     num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many images.")] = 16,
     steps: Annotated[
         int | None, typer.Option(help="Solver steps of the flow; default 2, or 8 for plain flow matching.")
@@ -55,7 +57,9 @@ def sample(
         options["steps"] = steps
     if latent_steps is not None:
         if not hasattr(pipeline, "sampler"):
-            raise UserError(f"{model} is plain flow matching: it has no latent sampler, leave --latent-steps out")
+            raise UserError(
+                f"{model} is plain flow matching: it has no latent sampler, leave --latent-steps out"
+            )
         options["latent_steps"] = latent_steps
 
     began = time.perf_counter()

@@ -15,7 +15,9 @@ def train(
     config: Annotated[str, typer.Argument(metavar="PRESET|CONFIG.yaml", help="See `lediflow presets`.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Images: a folder, a Parquet file or glob, or 'digits'. Same as --set data.train=..."),
+        typer.Option(
+            help="Images: a folder, a Parquet file or glob, or 'digits'. Same as --set data.train=..."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/NAME. An unfinished run there goes on.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -26,6 +27,7 @@ from lediflow.networks.hourglass import (
     token_grid,
     unpatchify,
 )
+from lediflow.networks.safetensors_only import SafetensorsOnly
 
 POSTERIOR_LOG_VAR = (-12.0, 4.0)
 PRIOR_LOG_VAR = (-9.0, 2.0)
@@ -37,7 +39,7 @@ def soft_clamp(x: Tensor, low: float, high: float) -> Tensor:
     return low + F.softplus(x - low)
 
 
-class AuxiliaryModel(ModelMixin, ConfigMixin):
+class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
     """The regression model behind P_L = N(mu(z), sigma^2(z)), section 3.1 of the paper.
 
     The encoder merges tokens from level to level until their grid is that of z; levels beyond that stay on
@@ -89,11 +91,11 @@ class AuxiliaryModel(ModelMixin, ConfigMixin):
         check_widths(widths, depths, d_head, kernel_size, f"{name} encoder")
         check_widths(decoder_widths, decoder_depths, d_head, kernel_size, f"{name} decoder")
         merges = _count_merges(sample_size, patch_size, latent_size, name)
-        for side, levels in (("encoder", len(widths)), ("decoder", len(decoder_widths))):
-            if levels <= merges:
+        for side, count in (("encoder", len(widths)), ("decoder", len(decoder_widths))):
+            if count <= merges:
                 raise UserError(
                     f"{name} {side}: {merges} merges lead from the patches to z, which needs at least "
-                    f"{merges + 1} levels, not {levels} (add levels, or change patch_size or latent_size)"
+                    f"{merges + 1} levels, not {count} (add levels, or change patch_size or latent_size)"
                 )
         self.patch_size = patch_size
         self.latent_shape = (latent_channels, *pair(latent_size))
@@ -108,7 +110,7 @@ class AuxiliaryModel(ModelMixin, ConfigMixin):
         self.patch_in = linear(in_channels * patch_size**2, widths[0])
         self.encoder = levels(widths, depths)
         self.merges = nn.ModuleList(
-            TokenMerge(a, b, 2 if i < merges else 1) for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+            TokenMerge(a, b, 2 if i < merges else 1) for i, (a, b) in enumerate(pairwise(widths))
         )
         self.posterior_norm = RMSNorm(widths[-1])
         self.posterior_out = linear(widths[-1], 2 * latent_channels)
@@ -116,8 +118,7 @@ class AuxiliaryModel(ModelMixin, ConfigMixin):
         self.latent_in = linear(latent_channels, decoder_widths[-1])
         self.decoder = levels(decoder_widths, decoder_depths)
         self.splits = nn.ModuleList(
-            TokenSplit(b, a, 2 if i < merges else 1)
-            for i, (a, b) in enumerate(zip(decoder_widths, decoder_widths[1:], strict=False))
+            TokenSplit(b, a, 2 if i < merges else 1) for i, (a, b) in enumerate(pairwise(decoder_widths))
         )
         self.prior_norm = RMSNorm(decoder_widths[0])
         self.prior_out = linear(decoder_widths[0], 2 * in_channels * patch_size**2, zero=True)
@@ -135,7 +136,7 @@ class AuxiliaryModel(ModelMixin, ConfigMixin):
         return DiagonalGaussian(mean, soft_clamp(log_var, *POSTERIOR_LOG_VAR))
 
     def decode(self, z: Tensor) -> DiagonalGaussian:
-        """Return the learned prior P_L (eq. 3) for z (B, c, h, w): mean and log-variance (B, C, H, W), fp32."""
+        """Return the learned prior P_L (eq. 3) for z (B, c, h, w): mean and log-variance (B, C, H, W)."""
         x = self.latent_in(z.movedim(1, -1))
         for i in reversed(range(len(self.decoder))):
             x = self.decoder[i](x)

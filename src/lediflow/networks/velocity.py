@@ -1,4 +1,4 @@
-"""VelocityTransformer: v_t(phi_t(x), z). It is theta_FM, the latent sampler theta_L, and plain flow matching."""
+"""VelocityTransformer: v_t(phi_t(x), z). It is theta_FM, the sampler theta_L, and plain flow matching."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from lediflow.networks.hourglass import (
     Hourglass,
     MappingNetwork,
     RMSNorm,
-    TokenMerge,
     TokenSplit,
     check_widths,
     linear,
@@ -24,9 +23,10 @@ from lediflow.networks.hourglass import (
     patchify,
     token_grid,
 )
+from lediflow.networks.safetensors_only import SafetensorsOnly
 
 
-class VelocityTransformer(ModelMixin, ConfigMixin):
+class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
     """HDiT that predicts a velocity from a point of the path, its time, and optionally z and a class.
 
     Args:
@@ -88,7 +88,9 @@ class VelocityTransformer(ModelMixin, ConfigMixin):
         if num_classes:
             self.class_embedding = nn.Embedding(num_classes, mapping_width)
         if self.latent_conditioning == "mapping":
-            self.latent_in = linear(self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2], mapping_width)
+            self.latent_in = linear(
+                self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2], mapping_width
+            )
         self.mapping = MappingNetwork(mapping_width, mapping_depth, int(ff_factor * mapping_width))
 
         self.hourglass = Hourglass(

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from torch import Tensor
 
 from lediflow.data.images import to_uint8
 from lediflow.errors import UserError
+from lediflow.networks.safetensors_only import SafetensorsOnly
 from lediflow.ode import check_solver
 
 
@@ -33,7 +34,7 @@ class PipelineOutput(BaseOutput):
     nfe: dict[str, int] = field(default_factory=dict)
 
 
-class ImagePipeline(DiffusionPipeline):
+class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
     """Base of the pipelines: a request is cut into batches, and image i depends on (seed, i) only."""
 
     @abstractmethod
@@ -92,7 +93,9 @@ def load_pipeline(model: str | Path, **kwargs: Any) -> ImagePipeline:
 
     path = Path(model)
     if not path.exists() and (path.is_absolute() or str(model).count("/") != 1):
-        raise UserError(f"no model {model}: give a run folder, a saved pipeline folder, or a Hub id owner/name")
+        raise UserError(
+            f"no model {model}: give a run folder, a saved pipeline folder, or a Hub id owner/name"
+        )
     source: str | Path = model
     if path.exists():
         folders = [f for f in (path, path / "pipeline") if (f / "model_index.json").is_file()]
@@ -107,8 +110,11 @@ def load_pipeline(model: str | Path, **kwargs: Any) -> ImagePipeline:
         name = DiffusionPipeline.load_config(source)["_class_name"]
         if name not in classes:
             raise UserError(f"{model} is a {name}, not one of {', '.join(classes)}")
+        logging.disable_progress_bar()  # reading a folder takes a blink
         return classes[name].from_pretrained(source, **kwargs)
     except UserError:
         raise
     except Exception as error:  # diffusers, the Hub and safetensors each raise their own kinds
         raise UserError(f"cannot load {model}: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.enable_progress_bar()

@@ -27,9 +27,7 @@ class LeDiFlowPipeline(ImagePipeline):
 
     model_cpu_offload_seq = "sampler->auxiliary->flow"
 
-    def __init__(
-        self, auxiliary: AuxiliaryModel, flow: VelocityTransformer, sampler: VelocityTransformer
-    ):
+    def __init__(self, auxiliary: AuxiliaryModel, flow: VelocityTransformer, sampler: VelocityTransformer):
         super().__init__()
         self.register_modules(auxiliary=auxiliary, flow=flow, sampler=sampler)
 

@@ -94,7 +94,9 @@ class StageConfig(_Section):
 class AuxiliaryStageConfig(StageConfig):
     """Stage `auxiliary`."""
 
-    beta: float = Field(1.0, ge=0, description="weight of the KL term, 1 is the ELBO (see gaussian.elbo_loss)")
+    beta: float = Field(
+        1.0, ge=0, description="weight of the KL term, 1 is the ELBO (see gaussian.elbo_loss)"
+    )
 
 
 class FlowStageConfig(StageConfig):
@@ -160,7 +162,9 @@ FREE_KEYS = (
 
 def preset_names() -> list[str]:
     """Return the names of the presets that come with the package, sorted."""
-    return sorted(p.name.removesuffix(".yaml") for p in _preset_folder().iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in _preset_folder().iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def load_config(source: str | Path, overrides: list[str] | None = None) -> Config:

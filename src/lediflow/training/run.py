@@ -1,11 +1,11 @@
 """A run folder: its config, its stages in order, its pipeline and its model card.
 
-    RUN/config.yaml             every setting, as resolved
-    RUN/<stage>/                checkpoints/step-N/, metrics.jsonl, previews/
-    RUN/logs/                   TensorBoard
-    RUN/pipeline/               what LeDiFlowPipeline.from_pretrained loads
-    RUN/baseline/pipeline/      what FlowMatchingPipeline.from_pretrained loads
-    RUN/README.md               model card
+RUN/config.yaml             every setting, as resolved
+RUN/<stage>/                checkpoints/step-N/, metrics.jsonl, previews/
+RUN/logs/                   TensorBoard
+RUN/pipeline/               what LeDiFlowPipeline.from_pretrained loads
+RUN/baseline/pipeline/      what FlowMatchingPipeline.from_pretrained loads
+RUN/README.md               model card
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ def check_networks(config: Config) -> dict[str, int]:
         UserError: sizes that do not fit each other, by name.
     """
     with torch.device("meta"):
-        return {
-            name: sum(p.numel() for p in build(config).parameters()) for name, build in BUILDERS.items()
-        }
+        return {name: sum(p.numel() for p in build(config).parameters()) for name, build in BUILDERS.items()}
 
 
 def last_checkpoint(run: Path, name: StageName) -> Path:
@@ -100,7 +98,9 @@ def last_checkpoint(run: Path, name: StageName) -> Path:
     folder = run / name / "checkpoints"
     steps = checkpoint.steps_on_disk(folder)
     if not steps:
-        raise UserError(f"{run} has no trained {name} stage yet; run `lediflow train ... --stage {name}` first")
+        raise UserError(
+            f"{run} has no trained {name} stage yet; run `lediflow train ... --stage {name}` first"
+        )
     return folder / f"step-{steps[-1]}"
 
 
@@ -162,7 +162,9 @@ def _claim(run: Path, config: Config, chosen: list[StageName], resume: bool) -> 
                 f"{run} holds a run of another config ({listed}); choose another --output, or --no-resume"
             )
         if changed and set(chosen) != set(STAGES):
-            raise UserError(f"{run}: with another config, --no-resume must train all stages (leave --stage out)")
+            raise UserError(
+                f"{run}: with another config, --no-resume must train all stages (leave --stage out)"
+            )
     elif run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file, not a run folder; choose another --output")
     try:

@@ -113,9 +113,7 @@ class AuxiliaryStage(Stage):
     def loss(self, model, batch, generator):
         """VGL + beta KL, eq. 5."""
         y = batch["image"]
-        noise = torch.randn(
-            (len(y), *self.network.latent_shape), generator=generator, device=self.device
-        )
+        noise = torch.randn((len(y), *self.network.latent_shape), generator=generator, device=self.device)
         posterior, prior = model(y, noise)
         loss = elbo_loss(prior, y, posterior, self.config.training.auxiliary.beta)
         with torch.no_grad():
@@ -193,9 +191,7 @@ class FlowStage(_OnLatents):
         z = self.auxiliary.encode(y).mean
         prior = self.auxiliary.decode(z)
         x = prior.at(self.preview_noise(y.shape[1:], "x")[: len(y)])
-        ends = [
-            ode.integrate(lambda t, state: self.network(state, t, z), x, steps=n).end for n in (1, 2, 4)
-        ]
+        ends = [ode.integrate(lambda t, state: self.network(state, t, z), x, steps=n).end for n in (1, 2, 4)]
         return [y, prior.mean, *ends]
 
 
@@ -214,9 +210,7 @@ class SamplerStage(_OnLatents):
     def preview(self):
         """Rows: mu at z from 1, 2, 4 midpoint steps."""
         w = self.preview_noise(self.auxiliary.latent_shape, "w")
-        ends = [
-            ode.integrate(lambda t, state: self.network(state, t), w, steps=n).end for n in (1, 2, 4)
-        ]
+        ends = [ode.integrate(lambda t, state: self.network(state, t), w, steps=n).end for n in (1, 2, 4)]
         return [self.auxiliary.decode(self.auxiliary.unstandardize(z)).mean for z in ends]
 
 
@@ -236,9 +230,7 @@ class BaselineStage(Stage):
         """Rows: 1, 2, 4, 8 midpoint steps."""
         shape = (self.config.data.channels, self.config.data.image_size, self.config.data.image_size)
         x = self.preview_noise(shape, "x")
-        return [
-            ode.integrate(lambda t, state: self.network(state, t), x, steps=n).end for n in (1, 2, 4, 8)
-        ]
+        return [ode.integrate(lambda t, state: self.network(state, t), x, steps=n).end for n in (1, 2, 4, 8)]
 
 
 def build_stage(

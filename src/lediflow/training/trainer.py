@@ -74,7 +74,9 @@ def check_device(device: str | None) -> torch.device:
     if kind not in there:
         raise UserError(f"unknown device {device!r}; choose cpu, cuda or mps")
     if not there[kind]:
-        raise UserError(f"this machine has no {kind} device that torch can use; leave --device out or use cpu")
+        raise UserError(
+            f"this machine has no {kind} device that torch can use; leave --device out or use cpu"
+        )
     return torch.device(device)
 
 
@@ -135,7 +137,9 @@ class _Fit:
             self._loop(start, stream, stopped, log, progress)
         return last
 
-    def _loop(self, start: int, stream: Iterator[dict[str, Tensor]], stopped, log, progress: Progress) -> None:
+    def _loop(
+        self, start: int, stream: Iterator[dict[str, Tensor]], stopped, log, progress: Progress
+    ) -> None:
         every, settings = self.training, self.settings
         losses: list[Tensor] = []
         began, seen = time.perf_counter(), 0
@@ -175,17 +179,20 @@ class _Fit:
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip)
         if not math.isfinite(norm):
+            name = self.stage.name
             raise UserError(
-                f"stage {self.stage.name}, step {step}: the loss or its gradient is not finite (loss "
-                f"{loss.item():g}); the last checkpoint is intact. Lower training.{self.stage.name}.learning_rate "
-                "or raise its warmup_steps, or try training.precision=fp32"
+                f"stage {name}, step {step}: the loss ({loss.item():g}) or its gradient is not finite. The last "
+                f"checkpoint is intact. Lower training.{name}.learning_rate, raise its warmup_steps, or try "
+                "training.precision=fp32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.network.parameters())
         return loss.detach(), metrics, norm
 
-    def _log(self, log, step: int, loss: float, norm: Tensor, rate: float, metrics: dict[str, Tensor]) -> None:
+    def _log(
+        self, log, step: int, loss: float, norm: Tensor, rate: float, metrics: dict[str, Tensor]
+    ) -> None:
         record = {
             "loss": loss,
             "grad_norm": float(norm),
@@ -247,8 +254,8 @@ class _Fit:
         for key, value in self.state.items():
             if saved.get(key) != value:
                 raise UserError(
-                    f"{folder} was trained with another {key} ({saved.get(key)}, now {value}); use --no-resume "
-                    f"to train stage {self.stage.name} again"
+                    f"{folder} was trained with another {key} ({saved.get(key)}, now {value}); use "
+                    f"--no-resume to train stage {self.stage.name} again"
                 )
         if steps[-1] >= self.settings.steps:
             return steps[-1]

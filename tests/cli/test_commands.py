@@ -1,0 +1,163 @@
+"""The commands as a user types them: results, messages, exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY
+from PIL import Image
+
+
+@pytest.fixture
+def lediflow(monkeypatch, capsys):
+    """Run a command in this process; what a shell would start differs only in time."""
+    from lediflow.cli.app import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lediflow", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, end.value.code or 0, out, err)
+
+    return run
+
+
+def refused(result, *parts):
+    """A user's mistake: exit code 2, a short message, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in result.stderr
+    return True
+
+
+def sets(*overrides):
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def test_help_is_quick_because_imports_are_lazy():
+    heavy = "('torch', 'diffusers', 'datasets', 'matplotlib')"
+    code = f"import sys, lediflow.cli.app; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    began = time.perf_counter()
+    result = subprocess.run([sys.executable, "-m", "lediflow", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert time.perf_counter() - began < 10  # a net for gross mistakes; benchmarks/ measures
+    for command in ("train", "sample", "demo", "presets"):
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "demo", "presets"])
+def test_every_command_teaches_with_an_example(lediflow, command):
+    result = lediflow(command, "--help")
+    assert result.returncode == 0
+    assert f"lediflow {command}" in result.stdout
+    assert "Example" in result.stdout
+
+
+def test_presets_list_show_and_json(lediflow):
+    assert "faces-32" in lediflow("presets").stdout
+    assert "importance_weighting: true" in lediflow("presets", "digits").stdout
+    report = json.loads(lediflow("presets", "--json").stdout)
+    assert set(report["digits"]["parameters"]) == {"auxiliary", "flow", "sampler", "baseline"}
+    refused(lediflow("presets", "digit"), "did you mean 'digits'")
+
+
+def test_train_a_folder_with_a_broken_file_then_sample(lediflow, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        Image.new("RGB", (20 + i, 16), (20 * i, 100, 255 - 20 * i)).save(pictures / f"{i}.png")
+    (pictures / "broken.png").write_bytes(b"not a picture")
+    settings = [*TINY, "data.image_size=16", "data.channels=3"]
+    files = ("--data", "pictures", "--output", "run")
+    result = lediflow("train", "digits", *files, "--device", "cpu", *sets(*settings))
+    assert result.returncode == 0, result.stderr
+    assert "12 images of 16 px" in result.stderr
+    assert "broken.png" in result.stderr, "what was skipped is named"
+    assert "next: lediflow sample run" in result.stdout
+
+    result = lediflow("sample", "run", "-n", 3, "--steps", 1, "--output", "out", "--json", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["nfe"] == {"sampler": 8, "decoder": 1, "flow": 2}
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["000000.png", "000001.png", "000002.png", "grid.png"]
+    assert Image.open(tmp_path / "out" / "000000.png").size == (16, 16)
+
+
+def test_sample_goes_on_with_an_earlier_request(lediflow, tiny_run, tmp_path):
+    assert lediflow("sample", tiny_run, "-n", 3, "--output", tmp_path / "a").returncode == 0
+    assert (
+        lediflow("sample", tiny_run, "-n", 1, "--first-image", 2, "--output", tmp_path / "b").returncode == 0
+    )
+    left, right = (Image.open(tmp_path / f / "000002.png").tobytes() for f in ("a", "b"))
+    assert max(abs(x - y) for x, y in zip(left, right, strict=True)) <= 1
+
+
+def test_bad_requests_to_sample(lediflow, tiny_run, tmp_path):
+    refused(lediflow("sample", tiny_run, "--steps", 0), "steps must be at least 1")
+    refused(lediflow("sample", tiny_run, "--solver", "midpont"), "did you mean 'midpoint'")
+    refused(lediflow("sample", tiny_run, "--device", "gpu0"), "unknown device 'gpu0'")
+    refused(lediflow("sample", tiny_run, "--dtype", "int8"), "unknown dtype")
+    refused(lediflow("sample", tmp_path / "nowhere"), "no model")
+    refused(lediflow("sample", tiny_run / "baseline", "--latent-steps", 2), "has no latent sampler")
+    copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "copy")
+    for weights in copy.rglob("*.safetensors"):
+        weights.unlink()
+    refused(lediflow("sample", copy), "cannot load")
+
+
+def test_bad_requests_to_train(lediflow, tiny_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "notes.txt").write_text("hello")
+    train = ("train", "digits", "--output", tmp_path / "run", "--data")
+    refused(lediflow(*train, tmp_path / "nowhere"), "nowhere")
+    refused(lediflow(*train, tmp_path / "empty"), "empty")
+    refused(lediflow(*train, tmp_path / "texts"), "notes.txt")
+    refused(lediflow("train", "faces-32", "--output", tmp_path / "run"), "no dataset: give --data")
+    refused(lediflow("train", "face-32"), "did you mean 'faces-32'")
+    refused(
+        lediflow("train", "digits", "--stage", "samplr", "--output", tmp_path / "x"), "did you mean 'sampler'"
+    )
+    refused(lediflow("train", "digits", *sets("flow.widht=[8]")), "did you mean 'flow.widths'")
+    refused(lediflow("train", "digits", "--output", tiny_run), "holds a run of another config", "flow.widths")
+
+
+def test_demo_end_to_end_with_few_steps(lediflow, tmp_path):
+    from lediflow.evaluation.compare import compare_run
+    from lediflow.training.config import load_config
+    from lediflow.training.run import train
+
+    steps = sets(*TINY)
+    result = lediflow("demo", "--output", tmp_path / "demo", "--device", "cpu", *steps)
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
+    for part in (
+        "| LeDiFlow",
+        "| flow matching",
+        "2 + 4 + 1",
+        "16 + 0 + 0",
+        "floor",
+        "next: lediflow sample",
+    ):
+        assert part in out
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert len(results["rows"]) == 8
+    assert all(row["frechet"] > results["floor"] for row in results["rows"]), "six steps of training are bad"
+    assert results["classifier_accuracy"] > 0.9
+    for name in ("grid.png", "quality.png"):
+        assert Image.open(tmp_path / "demo" / name).width > 300
+
+    # the demo again on a finished run trains nothing and measures the same quality
+    run = train(load_config("digits", TINY), tmp_path / "demo", device="cpu")
+    again = compare_run(run, device="cpu", steps=(1,), groups=3)
+    assert again.rows[0].frechet == pytest.approx(results["rows"][0]["frechet"], rel=0.02)
