@@ -181,9 +181,9 @@ class _Fit:
         if not math.isfinite(norm):
             name = self.stage.name
             raise UserError(
-                f"stage {name}, step {step}: the loss ({loss.item():g}) or its gradient is not finite. The last "
-                f"checkpoint is intact. Lower training.{name}.learning_rate, raise its warmup_steps, or try "
-                "training.precision=fp32"
+                f"stage {name}, step {step}: the loss ({loss.item():g}) or its gradient is not finite. The "
+                f"last checkpoint is intact. Lower training.{name}.learning_rate, raise its warmup_steps, "
+                "or try training.precision=fp32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
