@@ -40,6 +40,40 @@ def test_equals_the_definition(h, w, kernel, seed):
     )
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    h=st.integers(3, 13),
+    w=st.integers(3, 13),
+    kernel=st.sampled_from([3, 5, 7]),
+    tile=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+def test_tiles_equal_the_mask_forward_and_backward(h, w, kernel, tile, seed):
+    """Also where tiles overhang the grid, and where they reach over all of it."""
+    if min(h, w) < kernel:
+        return
+    dense, tiled = ([u.detach().requires_grad_() for u in qkv((h, w), seed=seed)] for _ in range(2))
+    mask = attention.neighborhood_mask((h, w), kernel, torch.device("cpu"))
+    expected = attention._attend(*dense, mask)
+    result = attention.tiled_attention(*tiled, (h, w), kernel, tile)
+    torch.testing.assert_close(result, expected)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    (expected * weights).sum().backward()
+    (result * weights).sum().backward()
+    for a, b in zip(tiled, dense, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_large_grids_are_tiled_and_still_the_definition(monkeypatch):
+    grid = (28, 37)
+    q, k, v = qkv(grid, heads=1, d=4)
+    calls = []
+    monkeypatch.setattr(attention, "_attend", lambda *a, real=attention._attend: calls.append(a) or real(*a))
+    result = attention.self_attention(q, k, v, grid, 7)
+    assert len(calls[0][0][0, 0]) == 4 * 5, "tiles of 8, one that overhangs at each border"
+    torch.testing.assert_close(result, literal(q, k, v, grid, 7))
+
+
 def test_every_query_has_k_squared_keys():
     mask = attention.neighborhood_mask((9, 12), 7, torch.device("cpu"))
     assert (mask.sum(-1) == 49).all()
@@ -54,13 +88,13 @@ def test_global_where_a_side_is_not_longer_than_the_kernel(grid):
 
 
 @pytest.mark.parametrize("kernel", [None, 3])
-def test_explicit_bf16_training_path_agrees_with_sdpa(kernel):
+@pytest.mark.parametrize("grid", [(4, 5), (9, 7)])
+def test_explicit_bf16_training_path_agrees_with_sdpa(kernel, grid):
     """Training on the CPU in bf16 takes another computation; values and gradients must be the same."""
-    grid = (6, 5)
     exact = [u.requires_grad_() for u in qkv(grid)]
     rounded = [u.detach().bfloat16().requires_grad_() for u in exact]
     reference = attention.self_attention(*exact, grid, kernel)
-    assert attention._explicit_is_faster(rounded[0])
+    assert attention._explicit_is_faster(rounded[0], rounded[1])
     result = attention.self_attention(*rounded, grid, kernel)
     torch.testing.assert_close(result.double(), reference, rtol=0.05, atol=0.05)
     reference.square().sum().backward()

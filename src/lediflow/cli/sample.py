@@ -94,5 +94,6 @@ def sample(
         print(json.dumps(report))
     else:
         evaluations = ", ".join(f"{name} {n}" for name, n in out.nfe.items())
-        print(f"{num_images} images in {output} (grid.png shows them), network evaluations: {evaluations}; ")
+        print(f"{num_images} images in {output}; grid.png shows them together")
+        print(f"network evaluations: {evaluations}")
         print(f"{report['ms_per_image']} ms per image, the first batch's warm-up included")
