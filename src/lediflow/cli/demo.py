@@ -20,7 +20,7 @@ def demo(
 ) -> None:
     """Train on handwritten digits (no download, no GPU), then show quality against steps and time.
 
-    Takes about five minutes on 2 CPU cores. Every number it prints comes from the run.
+    Takes about five minutes on 2 CPU cores, four of them training. Every number it prints comes from the run.
 
     Example:
 

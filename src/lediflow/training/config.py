@@ -110,7 +110,9 @@ class TrainingConfig(_Section):
 
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = Field(False, description="torch.compile the networks: a minute or more each at first, then faster")
+    compile: bool = Field(
+        False, description="torch.compile the networks: a minute or more each at first, then faster"
+    )
     log_every: Positive = 20
     preview_every: Positive = 500
     checkpoint_every: Positive = 500
