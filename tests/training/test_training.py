@@ -122,9 +122,11 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    save = lambda: checkpoint.save(  # noqa: E731
-        tmp_path, 1, model=model.state_dict(), ema=model.state_dict(), optimizer=optimizer, state={}, keep=1
-    )
+
+    def save():
+        weights = model.state_dict()
+        checkpoint.save(tmp_path, 1, model=weights, ema=weights, optimizer=optimizer, state={}, keep=1)
+
     save()
     before = (tmp_path / "step-1" / "model.safetensors").read_bytes()
     with torch.no_grad():
