@@ -81,6 +81,12 @@ def test_a_run_of_another_config_is_refused_with_the_difference(tiny_run, tmp_pa
         train(load_config("digits", [*TINY, "flow.widths=[24,24]"]), run, device="cpu")
 
 
+def test_a_start_that_failed_claims_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no file or folder"):
+        train(load_config("digits", [*TINY, "data.train=nowhere"]), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_resume_moves_the_earlier_stage_aside(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     train(load_config("digits", TINY), run, device="cpu", stages=["baseline"], resume=False)

@@ -25,7 +25,7 @@ from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.training import checkpoint
 from lediflow.training.config import STAGES, Config, StageName, differences, load_config
 from lediflow.training.stages import BUILDERS, build_stage
-from lediflow.training.trainer import fit, make_accelerator
+from lediflow.training.trainer import check_device, fit, make_accelerator
 
 
 def train(
@@ -53,8 +53,8 @@ def train(
     check_networks(config)
     if config.data.train is None:
         raise UserError("no dataset: give --data FOLDER (or a Parquet file), or set data.train")
-    _claim(run, config, chosen, resume)
-    accelerator = make_accelerator(config, device, run / "logs")
+    check_device(device)
+    _refuse_another_run(run, config, chosen, resume)
     data = ImageData(
         config.data.train,
         image_size=config.data.image_size,
@@ -64,6 +64,8 @@ def train(
         max_broken=config.data.max_broken,
         cache_gb=config.data.cache_gb,
     )
+    _claim(run, config, chosen, resume)
+    accelerator = make_accelerator(config, device, run / "logs")
     _say(f"{len(data)} images of {config.data.image_size} px from {config.data.train}; run folder {run}")
     for name in chosen:
         auxiliary, state = None, {}
@@ -151,28 +153,31 @@ def _in_order(stages: Iterable[str]) -> list[StageName]:
     return [name for name in STAGES if name in wanted]
 
 
-def _claim(run: Path, config: Config, chosen: list[StageName], resume: bool) -> None:
-    """Make the run folder this config's, or refuse when it belongs to another."""
-    path = run / "config.yaml"
-    if path.exists():
-        changed = differences(load_config(path), config)
-        if changed and resume:
-            listed = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in changed.items())
-            raise UserError(
-                f"{run} holds a run of another config ({listed}); choose another --output, or --no-resume"
-            )
-        if changed and set(chosen) != set(STAGES):
-            raise UserError(
-                f"{run}: with another config, --no-resume must train all stages (leave --stage out)"
-            )
-    elif run.exists() and not run.is_dir():
+def _refuse_another_run(run: Path, config: Config, chosen: list[StageName], resume: bool) -> None:
+    """Raise UserError where the run folder holds trained stages of another config."""
+    if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file, not a run folder; choose another --output")
+    path = run / "config.yaml"
+    if not path.exists() or not any(checkpoint.steps_on_disk(run / name / "checkpoints") for name in STAGES):
+        return
+    changed = differences(load_config(path), config)
+    if changed and resume:
+        listed = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in changed.items())
+        raise UserError(
+            f"{run} holds a run of another config ({listed}); choose another --output, or --no-resume"
+        )
+    if changed and set(chosen) != set(STAGES):
+        raise UserError(f"{run}: with another config, --no-resume must train all stages (leave --stage out)")
+
+
+def _claim(run: Path, config: Config, chosen: list[StageName], resume: bool) -> None:
+    """Make the run folder this config's; the stages' earlier folders move aside unless they are resumed."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         if not resume:
             for name in chosen:
                 _move_aside(run / name)
-        write_text(path, config.to_yaml())
+        write_text(run / "config.yaml", config.to_yaml())
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error}") from None
 
