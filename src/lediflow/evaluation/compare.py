@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lediflow.data.images import ImageData
+from lediflow.data.images import ImageData, to_float
 from lediflow.evaluation.features import accuracy, extract_features, train_classifier
 from lediflow.evaluation.latency import Latency, compare
 from lediflow.evaluation.metrics import frechet_at_count, frechet_floor
@@ -161,7 +161,7 @@ def _images(config: Config, split: str) -> ImageData:
 
 
 def _real(data: ImageData) -> Tensor:
-    return torch.stack([data[i]["image"] for i in range(min(GRID_IMAGES, len(data)))]) / 127.5 - 1
+    return to_float(data.images[:GRID_IMAGES])
 
 
 def _latencies(models: dict[str, ImagePipeline], steps: Sequence[int], options, device) -> dict[str, Latency]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lediflow.data.images import to_uint8
 from lediflow.errors import UserError
 from lediflow.files import written_whole
 
@@ -282,6 +283,5 @@ def _log_axes(by_steps: Any, by_time: Any, points: Sequence[Point], floor: float
 
 def _to_bytes(images: Tensor) -> Any:
     """Return images (N, C, H, W) in [-1, 1] as uint8 arrays, (N, H, W) or (N, H, W, 3)."""
-    images = torch.nan_to_num(images.detach().to("cpu", torch.float32), nan=-1.0).clamp(-1, 1)
-    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+    pixels = to_uint8(torch.nan_to_num(images.detach().cpu(), nan=-1.0))
     return (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).numpy()

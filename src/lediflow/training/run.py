@@ -24,7 +24,7 @@ from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.training import checkpoint
 from lediflow.training.config import STAGES, Config, StageName, differences, load_config
-from lediflow.training.stages import BUILDERS, build_stage
+from lediflow.training.stages import BUILDERS, Latents, build_stage
 from lediflow.training.trainer import check_device, fit, make_accelerator
 
 
@@ -67,13 +67,15 @@ def train(
     _claim(run, config, chosen, resume)
     accelerator = make_accelerator(config, device, run / "logs")
     _say(f"{len(data)} images of {config.data.image_size} px from {config.data.train}; run folder {run}")
+    latents: Latents | None = None  # of the auxiliary stage, which comes first; flow and sampler share them
     for name in chosen:
-        auxiliary, state = None, {}
+        state = {}
         if name in ("flow", "sampler"):
-            auxiliary = load_network(run, "auxiliary", config)
+            if latents is None:
+                with torch.no_grad(), accelerator.autocast():
+                    latents = Latents(load_network(run, "auxiliary", config), data, accelerator.device)
             state = {"auxiliary": checkpoint.digest(last_checkpoint(run, "auxiliary"))}
-        with accelerator.autocast():
-            stage = build_stage(name, config, data, accelerator.device, auxiliary)
+        stage = build_stage(name, config, data, accelerator.device, latents)
         last = fit(stage, run / name, accelerator, state=state, resume=resume)
         _say(f"{name}: done, {last}")
         write_pipelines(run, config)

@@ -140,15 +140,17 @@ class AuxiliaryStage(Stage):
         self.network.latent_std.copy_(variance.mean((0, 2, 3), keepdim=True).sqrt())
 
 
-class _OnLatents(Stage):
-    """A stage that needs the trained auxiliary model; q(z|y) is encoded once where that is possible."""
+class Latents:
+    """The trained auxiliary model, frozen, and q(z|y) of the training images.
 
-    def __init__(self, config: Config, data: ImageData, device: torch.device, auxiliary: AuxiliaryModel):
-        super().__init__(config, data, device)
+    Where the images are held in memory they are encoded once, here; otherwise batch by batch.
+    """
+
+    def __init__(self, auxiliary: AuxiliaryModel, data: ImageData, device: torch.device):
         self.auxiliary = auxiliary.to(device).eval().requires_grad_(False)
         self._cache: tuple[DiagonalGaussian, DiagonalGaussian | None] | None = None
         if data.cached:
-            mirrored = encode_all(auxiliary, data, device, mirror=True) if config.data.flip else None
+            mirrored = encode_all(auxiliary, data, device, mirror=True) if data.flip else None
             self._cache = encode_all(auxiliary, data, device), mirrored
 
     @torch.no_grad()
@@ -157,13 +159,20 @@ class _OnLatents(Stage):
         if self._cache is None:
             return self.auxiliary.encode(batch["image"])
         plain, mirrored = self._cache
-        index = batch["index"].to(self.device)
+        index, flipped = batch["index"], batch["flipped"].view(-1, 1, 1, 1)
         mean, log_var = plain.mean[index], plain.log_var[index]
         if mirrored is not None:
-            flipped = batch["flipped"].to(self.device).view(-1, 1, 1, 1)
             mean = torch.where(flipped, mirrored.mean[index], mean)
             log_var = torch.where(flipped, mirrored.log_var[index], log_var)
         return DiagonalGaussian(mean, log_var)
+
+
+class _OnLatents(Stage):
+    """A stage that needs the trained auxiliary model."""
+
+    def __init__(self, config: Config, data: ImageData, device: torch.device, latents: Latents):
+        super().__init__(config, data, device)
+        self.latents, self.auxiliary = latents, latents.auxiliary
 
 
 class FlowStage(_OnLatents):
@@ -174,7 +183,7 @@ class FlowStage(_OnLatents):
     def loss(self, model, batch, generator):
         """Importance-weighted flow matching, eq. 6."""
         y = batch["image"]
-        z = self.posterior(batch).sample(generator)
+        z = self.latents.posterior(batch).sample(generator)
         with torch.no_grad():
             prior = self.auxiliary.decode(z)
         x = prior.sample(generator)
@@ -202,7 +211,7 @@ class SamplerStage(_OnLatents):
 
     def loss(self, model, batch, generator):
         """Flow matching on standardised z, eq. 2."""
-        z = self.auxiliary.standardize(self.posterior(batch).sample(generator))
+        z = self.auxiliary.standardize(self.latents.posterior(batch).sample(generator))
         w = torch.randn(z.shape, generator=generator, device=self.device)
         t = flow.stratified_t(len(z), generator, self.device)
         return flow.matching_loss(model(flow.phi(w, z, t), t), w, z), {}
@@ -234,15 +243,15 @@ class BaselineStage(Stage):
 
 
 def build_stage(
-    name: StageName, config: Config, data: ImageData, device: torch.device, auxiliary: AuxiliaryModel | None
+    name: StageName, config: Config, data: ImageData, device: torch.device, latents: Latents | None
 ) -> Stage:
-    """Return the stage `name`; `auxiliary` is the trained model that `flow` and `sampler` start from."""
+    """Return the stage `name`; `latents` is what `flow` and `sampler` start from."""
     if name == "auxiliary":
         return AuxiliaryStage(config, data, device)
     if name == "baseline":
         return BaselineStage(config, data, device)
-    assert auxiliary is not None, "trainer.train loads it before these stages"
-    return {"flow": FlowStage, "sampler": SamplerStage}[name](config, data, device, auxiliary)
+    assert latents is not None, "run.train makes them before these stages"
+    return {"flow": FlowStage, "sampler": SamplerStage}[name](config, data, device, latents)
 
 
 @torch.no_grad()
