@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from lediflow.gaussian import DiagonalGaussian
 from lediflow.networks.hourglass import (
     Block,
     Level,
+    MappingNetwork,
     RMSNorm,
     TokenMerge,
     TokenSplit,
@@ -43,7 +45,8 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
     """The regression model behind P_L = N(mu(z), sigma^2(z)), section 3.1 of the paper.
 
     The encoder merges tokens from level to level until their grid is that of z; levels beyond that stay on
-    the grid of z. The decoder runs the same way back, without skips.
+    the grid of z. The decoder runs the same way back, without skips; z can also scale its norms, as the
+    condition does in the flow's network.
 
     Args:
         sample_size: side of the images (or latents of a codec), or (H, W).
@@ -57,6 +60,8 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
         ff_factor: d_ff = ff_factor * width.
         kernel_size: side of the neighbourhood, odd.
         global_levels: how many of the coarsest levels attend globally.
+        mapping_width: width of the vector through which z scales the decoder's norms; 0 for plain norms.
+        mapping_depth: blocks of that mapping network.
         latent_channels: channels of z.
         latent_size: side of z, or (H, W).
 
@@ -64,6 +69,8 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
         UserError: sizes that do not fit each other, by name.
     """
 
+    _repeated_blocks = ["Block"]  # noqa: RUF012  what `compile_repeated_blocks` of diffusers reads
+    _supports_gradient_checkpointing = True
     latent_mean: Tensor
     latent_std: Tensor
 
@@ -81,6 +88,8 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
         ff_factor: float = 3.0,
         kernel_size: int = 7,
         global_levels: int = 1,
+        mapping_width: int = 0,
+        mapping_depth: int = 0,
         latent_channels: int = 4,
         latent_size: int | Sequence[int] = 4,
     ):
@@ -100,10 +109,10 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
         self.patch_size = patch_size
         self.latent_shape = (latent_channels, *pair(latent_size))
 
-        def levels(widths: Sequence[int], depths: Sequence[int]) -> nn.ModuleList:
+        def levels(widths: Sequence[int], depths: Sequence[int], cond_width: int = 0) -> nn.ModuleList:
             kernels = level_kernels(len(widths), kernel_size, global_levels)
             return nn.ModuleList(
-                Level(Block(width, int(ff_factor * width), d_head, 0, kernel) for _ in range(depth))
+                Level(Block(width, int(ff_factor * width), d_head, cond_width, kernel) for _ in range(depth))
                 for width, depth, kernel in zip(widths, depths, kernels, strict=True)
             )
 
@@ -116,7 +125,11 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
         self.posterior_out = linear(widths[-1], 2 * latent_channels)
 
         self.latent_in = linear(latent_channels, decoder_widths[-1])
-        self.decoder = levels(decoder_widths, decoder_depths)
+        self.decoder = levels(decoder_widths, decoder_depths, mapping_width)
+        self.mapping: nn.Module | None = None
+        if mapping_width:
+            self.mapping_in = linear(math.prod(self.latent_shape), mapping_width)
+            self.mapping = MappingNetwork(mapping_width, mapping_depth, int(ff_factor * mapping_width))
         self.splits = nn.ModuleList(
             TokenSplit(b, a, 2 if i < merges else 1) for i, (a, b) in enumerate(pairwise(decoder_widths))
         )
@@ -138,8 +151,9 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
     def decode(self, z: Tensor) -> DiagonalGaussian:
         """Return the learned prior P_L (eq. 3) for z (B, c, h, w): mean and log-variance (B, C, H, W)."""
         x = self.latent_in(z.movedim(1, -1))
+        cond = None if self.mapping is None else self.mapping(self.mapping_in(z.flatten(1)))
         for i in reversed(range(len(self.decoder))):
-            x = self.decoder[i](x)
+            x = self.decoder[i](x, cond)
             if i:
                 x = self.splits[i - 1](x)
         # mean and log-variance of a pixel stand side by side in its patch

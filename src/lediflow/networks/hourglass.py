@@ -160,12 +160,17 @@ class Block(nn.Module):
 
 
 class Level(nn.ModuleList):
-    """Blocks that work on one grid."""
+    """Blocks that work on one grid; `enable_gradient_checkpointing` of the model sets the flag."""
+
+    gradient_checkpointing = False
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """(B, H, W, width) -> (B, H, W, width)."""
         for block in self:
-            x = block(x, cond)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, cond)
+            else:
+                x = block(x, cond)
         return x
 
 

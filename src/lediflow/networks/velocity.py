@@ -51,6 +51,9 @@ class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         UserError: sizes that do not fit each other, by name.
     """
 
+    _repeated_blocks = ["Block"]  # noqa: RUF012  what `compile_repeated_blocks` of diffusers reads
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,11 +32,20 @@ class DataConfig(_Section):
     validation: str | None = Field(None, description="held-out images; default: the split of that name")
     image_size: Positive = Field(32, description="side of the square images, pixels")
     channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for RGB")
+    classes: Count = Field(0, description="number of classes; 0 trains without labels")
     crop: Literal["center", "random"] = Field("center", description="which square of an oblong image")
     flip: bool = Field(True, description="mirror half of the images")
     workers: Count = Field(0, description="processes that decode images; 0 decodes in the main process")
     cache_gb: float = Field(1.0, ge=0, description="keep decoded images in memory when they fit, GB")
     max_broken: float = Field(0.5, ge=0, le=1, description="share of unreadable images that stops the run")
+
+
+class CodecConfig(_Section):
+    """The autoencoder in whose latents the flow works (a diffusers AutoencoderKL or AutoencoderTiny)."""
+
+    model: str = Field(..., description="local folder or Hub id")
+    factor: Positive = Field(8, description="pixels of a side that become one latent")
+    channels: Positive = Field(4, description="of the latents")
 
 
 class LevelsConfig(_Section):
@@ -56,6 +65,10 @@ class AuxiliaryConfig(LevelsConfig):
 
     decoder_widths: tuple[Positive, ...] | None = Field(None, description="default: the encoder's")
     decoder_depths: tuple[Positive, ...] | None = Field(None, description="default: the encoder's")
+    mapping_width: Count = Field(
+        0, description="z also scales the decoder's norms through a mapping network; 0: it does not"
+    )
+    mapping_depth: Count = 0
     latent_channels: Positive = 4
     latent_size: Size = 8
 
@@ -110,8 +123,12 @@ class TrainingConfig(_Section):
 
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = Field(
-        False, description="torch.compile the networks: a minute or more each at first, then faster"
+    compile: Literal["none", "blocks", "model"] = Field(
+        "none",
+        description="torch.compile the repeated block or the whole network: slow at first, then faster",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep no activations inside blocks: less memory, a third more work"
     )
     log_every: Positive = 20
     preview_every: Positive = 500
@@ -129,10 +146,21 @@ class Config(_Section):
     description: str = ""
     needs: str = Field("", description="memory and time, in words")
     data: DataConfig = DataConfig()
+    codec: CodecConfig | None = Field(None, description="null trains on pixels")
     auxiliary: AuxiliaryConfig
     flow: FlowConfig
     sampler: SamplerConfig
     training: TrainingConfig = TrainingConfig()
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the flow carries: images, or latents of the codec."""
+        size = self.data.image_size
+        if self.codec is None:
+            return self.data.channels, size, size
+        if size % self.codec.factor:
+            raise UserError(f"data.image_size {size} is not divisible by codec.factor {self.codec.factor}")
+        return self.codec.channels, size // self.codec.factor, size // self.codec.factor
 
     def stage(self, name: StageName) -> StageConfig:
         """Return the settings of the stage `name`."""
@@ -154,6 +182,7 @@ FREE_KEYS = (
     "data.cache_gb",
     "data.max_broken",
     "training.compile",
+    "training.gradient_checkpointing",
     "training.log_every",
     "training.preview_every",
     "training.checkpoint_every",
@@ -258,8 +287,9 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _all_keys(kind, f"{prefix}{name}.")
     return keys
 
 

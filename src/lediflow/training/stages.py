@@ -30,13 +30,14 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 
 def build_auxiliary(config: Config) -> AuxiliaryModel:
     """Build theta_E and theta_D for the config's image size; raises UserError for sizes that do not fit."""
-    sizes = config.auxiliary.model_dump()
-    return AuxiliaryModel(sample_size=config.data.image_size, in_channels=config.data.channels, **sizes)
+    channels, *size = config.sample_shape
+    return AuxiliaryModel(sample_size=size, in_channels=channels, **config.auxiliary.model_dump())
 
 
 def build_flow(config: Config, *, conditional: bool = True) -> VelocityTransformer:
     """Build theta_FM, or the baseline's network (the same without z) when not `conditional`."""
-    sizes = config.flow.model_dump()
+    channels, *size = config.sample_shape
+    sizes = config.flow.model_dump() | {"num_classes": config.data.classes}
     if conditional:
         sizes |= {
             "latent_channels": config.auxiliary.latent_channels,
@@ -44,7 +45,7 @@ def build_flow(config: Config, *, conditional: bool = True) -> VelocityTransform
         }
     else:
         sizes.pop("latent_conditioning")
-    return VelocityTransformer(sample_size=config.data.image_size, in_channels=config.data.channels, **sizes)
+    return VelocityTransformer(sample_size=size, in_channels=channels, **sizes)
 
 
 def build_sampler(config: Config) -> VelocityTransformer:
@@ -52,6 +53,7 @@ def build_sampler(config: Config) -> VelocityTransformer:
     return VelocityTransformer(
         sample_size=config.auxiliary.latent_size,
         in_channels=config.auxiliary.latent_channels,
+        num_classes=config.data.classes,
         **config.sampler.model_dump(),
     )
 
@@ -237,8 +239,7 @@ class BaselineStage(Stage):
 
     def preview(self):
         """Rows: 1, 2, 4, 8 midpoint steps."""
-        shape = (self.config.data.channels, self.config.data.image_size, self.config.data.image_size)
-        x = self.preview_noise(shape, "x")
+        x = self.preview_noise(self.config.sample_shape, "x")
         return [ode.integrate(lambda t, state: self.network(state, t), x, steps=n).end for n in (1, 2, 4, 8)]
 
 

@@ -107,8 +107,12 @@ class _Fit:
         optimizer = torch.optim.AdamW(
             groups, betas=self.settings.betas, fused=accelerator.device.type in ("cpu", "cuda")
         )
-        if self.training.compile:
+        if self.training.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        if self.training.compile == "model":
             self.network.compile()
+        elif self.training.compile == "blocks":
+            self.network.compile_repeated_blocks()
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.ema = EMAModel(
             self.network.parameters(), decay=self.settings.ema_decay, use_ema_warmup=True, foreach=True
