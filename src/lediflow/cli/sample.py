@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lediflow.cli.options import Device
+
+GRID_IMAGES = 256
 
 
 def sample(
@@ -24,6 +26,16 @@ def sample(
         int | None, typer.Option(help="Solver steps of the latent sampler; default 4. LeDiFlow only.")
     ] = None,
     solver: Annotated[str, typer.Option(help="euler, midpoint, heun2, heun3, rk4 or dopri5.")] = "midpoint",
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="Class by name or index; given again, images take them in turn."),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(help="Classifier-free guidance of the flow; 1 for none, else twice the work.")
+    ] = 1.0,
+    latent_guidance: Annotated[
+        float | None, typer.Option(help="The same for the latent sampler; default 1. LeDiFlow only.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for 000000.png ... and grid.png.")] = Path("samples"),
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")] = 0,
     first_image: Annotated[int, typer.Option(help="Index of the first image, to go on with a request.")] = 0,
@@ -39,47 +51,62 @@ def sample(
         lediflow sample runs/flowers -n 64 --steps 2 --latent-steps 4 --output samples
 
         lediflow sample runs/flowers/baseline -n 64 --steps 8 --output samples-fm
+
+        torchrun --nproc-per-node 8 -m lediflow sample runs/flowers -n 50000 --class tulips --guidance 1.5
     """
     import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     from lediflow.errors import UserError, nearest
     from lediflow.evaluation.report import image_grid
     from lediflow.files import written_whole
     from lediflow.pipelines.base import load_pipeline, to_pil
-    from lediflow.training.trainer import check_device
+    from lediflow.training.processes import batches_of_process, check_device
 
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in dtypes:
         raise UserError(f"unknown dtype {dtype!r}{nearest(dtype, dtypes)}; choose from {', '.join(dtypes)}")
-    pipeline = load_pipeline(model).to(check_device(device))
-    options = {}
-    if steps is not None:
-        options["steps"] = steps
-    if latent_steps is not None:
-        if not hasattr(pipeline, "sampler"):
-            raise UserError(
-                f"{model} is plain flow matching: it has no latent sampler, leave --latent-steps out"
-            )
-        options["latent_steps"] = latent_steps
-
-    began = time.perf_counter()
-    out = pipeline(
-        num_images,
-        solver=solver,
-        seed=seed,
-        first_image=first_image,
-        batch_size=batch_size,
-        dtype=dtypes[dtype],
-        output_type="pt",
-        **options,
+    where = check_device(device)
+    processes = PartialState(cpu=where.type == "cpu")
+    pipeline = load_pipeline(model).to(where if processes.num_processes == 1 else processes.device)
+    pipeline.set_progress_bar_config(disable=processes.num_processes > 1)
+    options = _options(
+        pipeline, model, steps=steps, latent_steps=latent_steps, latent_guidance=latent_guidance
     )
-    seconds = time.perf_counter() - began
+
+    shown, nfe, seconds = [], {}, 0.0
     try:
-        for i, image in enumerate(to_pil(out.images), start=first_image):
-            with written_whole(output / f"{i:06d}.png") as path:
-                image.save(path)
+        for part in batches_of_process(
+            num_images, batch_size, processes.process_index, processes.num_processes
+        ):
+            began = time.perf_counter()
+            out = pipeline(
+                len(part),
+                solver=solver,
+                class_labels=classes,
+                guidance=guidance,
+                seed=seed,
+                first_image=first_image + part.start,
+                batch_size=batch_size,
+                dtype=dtypes[dtype],
+                output_type="pt",
+                **options,
+            )
+            seconds += time.perf_counter() - began
+            nfe = out.nfe
+            for i, image, pil in zip(part, out.images, to_pil(out.images), strict=True):
+                if i < GRID_IMAGES:
+                    shown.append((i, image.cpu()))
+                with written_whole(output / f"{first_image + i:06d}.png") as path:
+                    pil.save(path)
+        if processes.num_processes > 1:
+            shown = sorted(gather_object(shown), key=lambda pair: pair[0])
+        if not processes.is_main_process:
+            return
+        images = torch.stack([image for _, image in shown])
         with written_whole(output / "grid.png") as path:
-            image_grid(out.images[:256], scale=max(1, 64 // out.images.shape[-1])).save(path)
+            image_grid(images, scale=max(1, 64 // images.shape[-1])).save(path)
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error}") from None
 
@@ -87,13 +114,24 @@ def sample(
         "model": str(model),
         "images": num_images,
         "output": str(output),
-        "nfe": out.nfe,
+        "nfe": nfe,
         "ms_per_image": round(1000 * seconds / num_images, 3),
     }
     if as_json:
         print(json.dumps(report))
     else:
-        evaluations = ", ".join(f"{name} {n}" for name, n in out.nfe.items())
-        print(f"{num_images} images in {output}; grid.png shows them together")
+        evaluations = ", ".join(f"{name} {n}" for name, n in nfe.items())
+        print(f"{num_images} images in {output}; grid.png shows the first {len(images)} together")
         print(f"network evaluations: {evaluations}")
         print(f"{report['ms_per_image']} ms per image, the first batch's warm-up included")
+
+
+def _options(pipeline: Any, model: str, *, steps: int | None, **latent: Any) -> dict[str, Any]:
+    """Return what was given; refuse what only a latent sampler has, where there is none."""
+    from lediflow.errors import UserError
+
+    given = {name: value for name, value in latent.items() if value is not None}
+    if given and not hasattr(pipeline, "sampler"):
+        option = next(iter(given)).replace("_", "-")
+        raise UserError(f"{model} is plain flow matching: it has no latent sampler, leave --{option} out")
+    return given if steps is None else {"steps": steps, **given}

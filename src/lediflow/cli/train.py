@@ -35,7 +35,8 @@ def train(
 ) -> None:
     """Train the stages of LeDiFlow, and plain flow matching as the baseline.
 
-    Ctrl-C saves and leaves; the same command goes on where it stopped.
+    Ctrl-C saves and leaves; the same command goes on where it stopped. On many GPUs start it with
+    `torchrun --nproc-per-node 8 -m lediflow train ...` or `accelerate launch -m lediflow train ...`.
 
     Examples:
 
@@ -44,6 +45,8 @@ def train(
         lediflow train faces-32 --data "faces/*.parquet" --stage auxiliary --set training.auxiliary.beta=0.5
     """
     from lediflow.training.config import STAGES, load_config
+    from lediflow.training.processes import is_main_process
+    from lediflow.training.run import summary
     from lediflow.training.run import train as train_run
     from lediflow.training.trainer import Interrupted
 
@@ -53,12 +56,12 @@ def train(
     if seed is not None:
         overrides.append(f"training.seed={seed}")
     run = output or Path("runs") / Path(config).stem
+    settled = load_config(config, overrides)
     try:
-        train_run(load_config(config, overrides), run, stages=stage or STAGES, device=device, resume=resume)
+        train_run(settled, run, stages=stage or STAGES, device=device, resume=resume)
     except Interrupted as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        if is_main_process():
+            print(f"{stop}; the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(f"run folder: {run}")
-    for model in (run, run / "baseline"):
-        if (model / "pipeline").is_dir():
-            print(f"next: lediflow sample {model} -n 64 --output {model / 'samples'}")
+    if is_main_process():
+        print(summary(run, settled))

@@ -289,7 +289,16 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     where ``batch_size`` exceeds ``length``.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         """Set the order.
 
         Args:
@@ -298,15 +307,22 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             seed: any integer.
             start: first step.
             stop: the step after the last.
+            rank: which process this is.
+            world_size: how many processes share a batch; each iterates over its equal slice.
 
         Raises:
-            UserError: a length or batch size under 1, or a negative start.
+            UserError: a length or batch size under 1, a negative start, or a batch that cannot be cut into
+                equal slices.
         """
         if length < 1 or batch_size < 1 or start < 0:
             raise UserError(
                 f"length {length} and batch_size {batch_size} must be 1 or more, and start {start} 0 or more"
             )
+        if batch_size % world_size:
+            raise UserError(f"batch_size {batch_size} is not divisible by the {world_size} processes")
         self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
+        share = batch_size // world_size
+        self._slice = slice(rank * share, (rank + 1) * share)
         self._seed = seed % 2**64
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -315,10 +331,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
-            yield self.batch(step)
+            yield self.batch(step)[self._slice]
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """Return the (index, key) pairs of any one step, without going through those before it."""
+        """Return the (index, key) pairs of all of any one step, without going through those before it."""
         first = step * self.batch_size
         return [self._pair(position) for position in range(first, first + self.batch_size)]
 
@@ -343,7 +359,15 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def batches(
-    data: ImageData, *, batch_size: int, seed: int, start: int = 0, stop: int, workers: int = 0
+    data: ImageData,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    stop: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the batches of steps ``start`` to ``stop - 1``; a batch depends on seed and step alone.
 
@@ -354,6 +378,8 @@ def batches(
         start: first step; training that goes on from step k passes k and sees what it would have seen.
         stop: the step after the last.
         workers: loading processes; 0 loads in this one. The batches are the same.
+        rank: which of the training processes this is.
+        world_size: how many share a batch; each gets its slice of it, B / world_size pictures.
 
     Yields:
         ``{"image": float32 (B, C, S, S) in [-1, 1], "label": int64 (B,), "index": int64 (B,),
@@ -362,7 +388,7 @@ def batches(
     Raises:
         UserError: a batch size under 1, a negative start, or too many broken pictures on the way.
     """
-    sampler = StepSampler(len(data), batch_size, seed, start, stop)
+    sampler = StepSampler(len(data), batch_size, seed, start, stop, rank, world_size)
     return _from_memory(data, sampler) if data.cached and workers == 0 else _loaded(data, sampler, workers)
 
 

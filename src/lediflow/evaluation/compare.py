@@ -23,7 +23,7 @@ from lediflow.evaluation.report import Point, labelled_grid, markdown_table, qua
 from lediflow.files import write_text
 from lediflow.pipelines.base import ImagePipeline, load_pipeline
 from lediflow.training.config import Config, load_config
-from lediflow.training.trainer import check_device
+from lediflow.training.processes import check_device
 
 NAMES = {"": "LeDiFlow", "baseline": "flow matching"}  # folder in the run: what tables call it
 GRID_IMAGES = 12

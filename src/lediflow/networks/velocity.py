@@ -89,7 +89,7 @@ class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         self.time_features = FourierFeatures(mapping_width)
         self.time_in = linear(mapping_width, mapping_width)
         if num_classes:
-            self.class_embedding = nn.Embedding(num_classes, mapping_width)
+            self.class_embedding = nn.Embedding(num_classes + 1, mapping_width)  # the last row: no class
         if self.latent_conditioning == "mapping":
             self.latent_in = linear(
                 self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2], mapping_width
@@ -117,7 +117,8 @@ class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             x: point of the path, (B, C, H, W).
             t: times in [0, 1], (B,) or a scalar.
             z: auxiliary latent, (B, latent_channels, h, w), where the network has one.
-            class_labels: integers in [0, num_classes), (B,), where the network has classes.
+            class_labels: integers in [0, num_classes], (B,), where the network has classes; num_classes
+                itself stands for no class.
 
         Returns:
             v, shape of x.

@@ -19,6 +19,7 @@ from lediflow.data.images import to_uint8
 from lediflow.errors import UserError
 from lediflow.networks.safetensors_only import SafetensorsOnly
 from lediflow.ode import check_solver
+from lediflow.pipelines.guidance import ClassLabels, check_labels
 
 
 @dataclass
@@ -27,7 +28,8 @@ class PipelineOutput(BaseOutput):
 
     Attributes:
         images: list of PIL images, or a tensor (N, C, H, W) in [-1, 1] for output_type="pt".
-        nfe: evaluations of each network that one image took, by the network's name.
+        nfe: evaluations of each network that one image took, by the network's name; a guided one, with the
+            class and without, counts as two.
     """
 
     images: list[Image.Image] | Tensor = field(default_factory=list)
@@ -42,6 +44,23 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
         self, indices: Sequence[int], nfe: Counter[str], *, seed: int, steps: int, solver: str, **options: Any
     ) -> Tensor:
         """Make the images `indices` of the request; count the evaluations of each network in `nfe`."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in their order, empty where there are none or they are not known."""
+        names = self.config.get("id2label") or {}
+        return [names[str(i)] for i in range(len(names))]
+
+    def labels_of(self, indices: Sequence[int], class_labels: ClassLabels) -> Tensor | None:
+        """Return the classes of the images `indices` of a request, (n,), or None for a model without.
+
+        Raises:
+            UserError: see `guidance.check_labels`.
+        """
+        turn = check_labels(class_labels, self.flow.num_classes, self.config.get("id2label"))
+        if not turn:
+            return None
+        return torch.tensor([turn[i % len(turn)] for i in indices], device=self.device)
 
     @torch.no_grad()
     def _request(

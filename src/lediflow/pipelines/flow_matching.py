@@ -13,6 +13,7 @@ from lediflow import ode
 from lediflow.networks.hourglass import pair
 from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.base import ImagePipeline, PipelineOutput
+from lediflow.pipelines.guidance import ClassLabels, velocity_field
 from lediflow.sources import image_noise
 
 
@@ -21,13 +22,15 @@ class FlowMatchingPipeline(ImagePipeline):
 
     Args:
         flow: the velocity network, without z.
+        id2label: name of each class by its index as a string, for a model with classes.
     """
 
     model_cpu_offload_seq = "flow"
 
-    def __init__(self, flow: VelocityTransformer):
+    def __init__(self, flow: VelocityTransformer, id2label: dict[str, str] | None = None):
         super().__init__()
         self.register_modules(flow=flow)
+        self.register_to_config(id2label=id2label)
 
     def __call__(
         self,
@@ -35,6 +38,8 @@ class FlowMatchingPipeline(ImagePipeline):
         *,
         steps: int = 8,
         solver: str = "midpoint",
+        class_labels: ClassLabels = None,
+        guidance: float = 1.0,
         seed: int = 0,
         first_image: int = 0,
         batch_size: int = 64,
@@ -47,7 +52,8 @@ class FlowMatchingPipeline(ImagePipeline):
             A `PipelineOutput`; its nfe has the key flow.
 
         Raises:
-            UserError: unknown solver, or steps, num_images or batch_size below 1.
+            UserError: unknown solver or class, guidance without classes, or steps, num_images or batch_size
+                below 1.
         """
         return self._request(
             num_images,
@@ -58,6 +64,8 @@ class FlowMatchingPipeline(ImagePipeline):
             batch_size=batch_size,
             dtype=dtype,
             output_type=output_type,
+            class_labels=class_labels,
+            guidance=guidance,
         )
 
     def _generate(
@@ -65,6 +73,8 @@ class FlowMatchingPipeline(ImagePipeline):
     ) -> Tensor:
         shape = (self.flow.config.in_channels, *pair(self.flow.config.sample_size))
         x = image_noise(shape, seed=seed, indices=indices, stream="x", device=self.device)
-        solution = ode.integrate(lambda t, state: self.flow(state, t), x, steps=steps, solver=solver)
-        nfe["flow"] = solution.nfe
+        labels = self.labels_of(indices, options["class_labels"])
+        field, evaluations = velocity_field(self.flow, None, labels, options["guidance"])
+        solution = ode.integrate(field, x, steps=steps, solver=solver)
+        nfe["flow"] = solution.nfe * evaluations
         return solution.end

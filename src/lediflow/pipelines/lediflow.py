@@ -13,6 +13,7 @@ from lediflow import ode
 from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.base import ImagePipeline, PipelineOutput
+from lediflow.pipelines.guidance import ClassLabels, velocity_field
 from lediflow.sources import image_noise
 
 
@@ -23,13 +24,21 @@ class LeDiFlowPipeline(ImagePipeline):
         auxiliary: theta_E and theta_D.
         flow: theta_FM.
         sampler: theta_L.
+        id2label: name of each class by its index as a string, for a model with classes.
     """
 
     model_cpu_offload_seq = "sampler->auxiliary->flow"
 
-    def __init__(self, auxiliary: AuxiliaryModel, flow: VelocityTransformer, sampler: VelocityTransformer):
+    def __init__(
+        self,
+        auxiliary: AuxiliaryModel,
+        flow: VelocityTransformer,
+        sampler: VelocityTransformer,
+        id2label: dict[str, str] | None = None,
+    ):
         super().__init__()
         self.register_modules(auxiliary=auxiliary, flow=flow, sampler=sampler)
+        self.register_to_config(id2label=id2label)
 
     def __call__(
         self,
@@ -39,6 +48,9 @@ class LeDiFlowPipeline(ImagePipeline):
         latent_steps: int = 4,
         solver: str = "midpoint",
         latent_solver: str | None = None,
+        class_labels: ClassLabels = None,
+        guidance: float = 1.0,
+        latent_guidance: float = 1.0,
         seed: int = 0,
         first_image: int = 0,
         batch_size: int = 64,
@@ -53,6 +65,10 @@ class LeDiFlowPipeline(ImagePipeline):
             latent_steps: solver steps of the latent sampler.
             solver: one of `ode.SOLVERS`.
             latent_solver: of the latent sampler; None for `solver`.
+            class_labels: one class or several, by index or name, which the images take in turn: image i is of
+                class_labels[i % len(class_labels)]. None for all classes in turn.
+            guidance: of the flow model, 1 for none; any other value takes two evaluations a call.
+            latent_guidance: of the latent sampler, likewise.
             seed: of the request; image i depends on (seed, i) only.
             first_image: index i of the first image, to go on with an earlier request.
             batch_size: images at a time.
@@ -60,10 +76,12 @@ class LeDiFlowPipeline(ImagePipeline):
             output_type: "pil", or "pt" for a tensor (N, C, H, W) in [-1, 1].
 
         Returns:
-            A `PipelineOutput`; its nfe has the keys sampler, decoder and flow.
+            A `PipelineOutput`; its nfe has the keys sampler, decoder and flow. A guided evaluation counts as
+            two, with the class and without.
 
         Raises:
-            UserError: unknown solver, or steps, num_images or batch_size below 1.
+            UserError: unknown solver or class, guidance without classes, or steps, num_images or batch_size
+                below 1.
         """
         ode.check_solver(latent_solver or solver, latent_steps)
         return self._request(
@@ -77,6 +95,9 @@ class LeDiFlowPipeline(ImagePipeline):
             output_type=output_type,
             latent_steps=latent_steps,
             latent_solver=latent_solver or solver,
+            class_labels=class_labels,
+            guidance=guidance,
+            latent_guidance=latent_guidance,
         )
 
     def _generate(
@@ -85,21 +106,17 @@ class LeDiFlowPipeline(ImagePipeline):
         w = image_noise(
             self.auxiliary.latent_shape, seed=seed, indices=indices, stream="w", device=self.device
         )
-        solution = ode.integrate(
-            lambda t, state: self.sampler(state, t),
-            w,
-            steps=options["latent_steps"],
-            solver=options["latent_solver"],
-        )
+        labels = self.labels_of(indices, options["class_labels"])
+        field, evaluations = velocity_field(self.sampler, None, labels, options["latent_guidance"])
+        solution = ode.integrate(field, w, steps=options["latent_steps"], solver=options["latent_solver"])
         z = self.auxiliary.unstandardize(solution.end)
-        nfe["sampler"] = solution.nfe
+        nfe["sampler"] = solution.nfe * evaluations
 
         prior = self.auxiliary.decode(z)
         nfe["decoder"] = 1
         noise = image_noise(prior.mean.shape[1:], seed=seed, indices=indices, stream="x", device=self.device)
 
-        solution = ode.integrate(
-            lambda t, state: self.flow(state, t, z), prior.at(noise), steps=steps, solver=solver
-        )
-        nfe["flow"] = solution.nfe
+        field, evaluations = velocity_field(self.flow, z, labels, options["guidance"])
+        solution = ode.integrate(field, prior.at(noise), steps=steps, solver=solver)
+        nfe["flow"] = solution.nfe * evaluations
         return solution.end

@@ -1,14 +1,16 @@
 """Checkpoints: complete, written beside and renamed into place, and never pickled.
 
-A checkpoint is a folder `step-N` with model.safetensors (weights), ema.safetensors (averaged weights and
-buffers: what is used afterwards), optimizer.safetensors, and state.json.
+A checkpoint is a folder `step-N` with model.safetensors (weights), ema.safetensors (the first average of the
+weights, and buffers: what is used afterwards), ema-NAME.safetensors for each further average,
+optimizer.safetensors, and state.json. Images, noise and learning rate of a step follow from the seed, the
+step and the count of rollbacks in state.json, so no other position or random state is needed. Tensors are
+whole, also when training held them in shards: any number of processes can go on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lediflow.errors import UserError
-from lediflow.files import write_folder, write_text
-
-FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+from lediflow.files import remove_folder, write_folder, write_text
+from lediflow.training.processes import cut_like
 
 
 def steps_on_disk(folder: Path) -> list[int]:
@@ -33,24 +34,35 @@ def save(
     folder: Path,
     step: int,
     *,
-    model: dict[str, Tensor],
-    ema: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    files: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
     keep: int,
+    keep_every: int = 0,
 ) -> Path:
-    """Write the checkpoint `folder/step-N` whole or not at all, then delete all but the last `keep`."""
+    """Write the checkpoint `folder/step-N` whole or not at all, then delete older ones.
+
+    Args:
+        folder: of all checkpoints of a stage.
+        step: N.
+        files: tensors by name, for each safetensors file by its name without the suffix.
+        state: what else goes into state.json.
+        keep: how many checkpoints to keep, at least 1.
+        keep_every: steps divisible by this are also kept; 0 for none.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; earlier checkpoints are as they were.
+    """
     target = folder / f"step-{step}"
 
     def fill(fresh: Path) -> None:
-        contents = (model, ema, _optimizer_tensors(optimizer))
-        for name, tensors in zip(FILES, contents, strict=True):
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, fresh / name)
+        for name, tensors in files.items():
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, fresh / f"{name}.safetensors")
         write_text(fresh / "state.json", json.dumps({"step": step, **state}, indent=1))
 
     write_folder(target, fill)
     for old in steps_on_disk(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old}")
+        if not keep_every or old % keep_every:
+            remove_folder(folder / f"step-{old}")
     return target
 
 
@@ -87,14 +99,18 @@ def _damaged(folder: Path, error: Exception) -> UserError:
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Put the saved state of AdamW back; the groups' settings stay those of `optimizer`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(folder, "optimizer.safetensors").items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        parameter = parameters[int(index)]
+        # moments have the shape of their parameter and are cut as it is; the count of steps is a scalar
+        state.setdefault(int(index), {})[name] = cut_like(tensor, parameter) if tensor.ndim else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the state of AdamW as tensors by the number of the parameter and the name of the moment."""
     return {
         f"{index}.{name}": tensor
         for index, state in optimizer.state_dict()["state"].items()

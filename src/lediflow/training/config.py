@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lediflow.errors import UserError, nearest
 
@@ -97,11 +97,23 @@ class StageConfig(_Section):
     batch_size: Positive = 64
     learning_rate: float = Field(3e-4, gt=0)
     warmup_steps: Count = Field(100, description="linear warm-up")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="after warm-up; cosine ends at 0")
+    schedule: Literal["constant", "cosine", "linear", "inverse-sqrt"] = Field(
+        "constant", description="after warm-up; cosine and linear end at 0"
+    )
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(1e-2, ge=0, description="on matrices only")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="cap of the decay 1 - (1 + n)^(-2/3)")
+
+
+class AverageConfig(_Section):
+    """One exponential moving average (EMA) of the weights."""
+
+    name: str = Field("power", pattern="^[a-z0-9][a-z0-9-]*$")
+    power: float = Field(2 / 3, gt=0, description="at step n the old average weighs 1 - n^(-power)")
+    max_decay: float = Field(0.9999, ge=0, lt=1, description="cap of that")
+    half_life: float | None = Field(
+        None, gt=0, description="instead of a power: after how many images weights count half"
+    )
 
 
 class AuxiliaryStageConfig(StageConfig):
@@ -122,7 +134,20 @@ class TrainingConfig(_Section):
     """What all stages share, and each stage's own settings."""
 
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="fp16 needs a GPU")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="many processes: whole copies of the weights (DDP) or shards of them (FSDP2)"
+    )
+    accumulate: Positive = Field(1, description="parts in which a process works on its batch, to save memory")
+    label_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of labels left out, which guidance needs; with data.classes"
+    )
+    ema: tuple[AverageConfig, ...] = Field(
+        (AverageConfig(),), min_length=1, description="averages of the weights; the first makes the pipeline"
+    )
+    spike: float = Field(
+        50.0, ge=0, description="skip a step this many mean deviations above the last losses; 0: never"
+    )
     compile: Literal["none", "blocks", "model"] = Field(
         "none",
         description="torch.compile the repeated block or the whole network: slow at first, then faster",
@@ -134,10 +159,19 @@ class TrainingConfig(_Section):
     preview_every: Positive = 500
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
+    keep_every: Count = Field(0, description="also keep every checkpoint at a multiple of this step; 0: none")
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     auxiliary: AuxiliaryStageConfig = AuxiliaryStageConfig()
     flow: FlowStageConfig = FlowStageConfig()
     sampler: StageConfig = StageConfig()
     baseline: StageConfig = StageConfig()
+
+    @field_validator("ema")
+    @classmethod
+    def _different_names(cls, ema: tuple[AverageConfig, ...]) -> tuple[AverageConfig, ...]:
+        if len({average.name for average in ema}) < len(ema):
+            raise ValueError("every average needs a name of its own")
+        return ema
 
 
 class Config(_Section):
@@ -187,6 +221,11 @@ FREE_KEYS = (
     "training.preview_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.keep_every",
+    "training.tracker",
+    "training.parallel",
+    "training.accumulate",
+    "training.spike",
     *(f"training.{stage}.steps" for stage in STAGES),
 )
 

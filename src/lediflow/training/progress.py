@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -13,18 +18,67 @@ from rich.progress import Progress as RichProgress
 SECONDS_BETWEEN_LINES = 15.0  # where there is no terminal to redraw
 
 
-class Progress:
-    """A live bar on a terminal, one line now and then in a log file: step, loss, images/s, time left."""
+class Meter:
+    """What happened since the last reading: losses, images, and how long training waited for them."""
 
-    def __init__(self, name: str, start: int, steps: int):
-        self.name, self.start, self.steps = name, start, steps
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.losses: list[float] = []
+        self.images, self.waited, self.began = 0, 0.0, time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def count(self, loss: float, images: int) -> None:
+        """Note one step."""
+        self.losses.append(loss)
+        self.images += images
+
+    def read(self) -> dict[str, float | None]:
+        """Return loss (mean; None where none was finite), images_per_second and waiting (share); reset."""
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        seconds = time.perf_counter() - self.began
+        reading = {
+            "loss": sum(finite) / len(finite) if finite else None,
+            "images_per_second": round(self.images / seconds, 1),
+            "waiting": round(self.waited / seconds, 4),
+        }
+        self._reset()
+        return reading
+
+
+def memory_gb(device: torch.device) -> float:
+    """Return the memory in use, GB: the peak on a CUDA GPU, else of this process now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+class Progress:
+    """A live bar on a terminal, a line now and then in a log file: step, loss, images/s, memory, time left.
+
+    Args:
+        name: of the stage.
+        start: the step that training goes on from.
+        steps: the last step.
+        silent: show nothing; for all processes but the main one.
+    """
+
+    def __init__(self, name: str, start: int, steps: int, *, silent: bool = False):
+        self.name, self.start, self.steps, self.silent = name, start, steps, silent
         self.console = Console(stderr=True)
         self.live: RichProgress | None = None
         self.task: TaskID | None = None
         self.began = self.printed = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.silent:
             self.live = RichProgress(
                 TextColumn("{task.description:>10}"),
                 BarColumn(),
@@ -41,9 +95,12 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
-    def update(self, step: int, loss: float, images_per_second: float) -> None:
-        """Show the state after `step` steps."""
-        status = f"loss {loss:.4f}  {images_per_second:.0f} images/s"
+    def update(self, step: int, *, loss: float | None, images_per_second: float, memory: float) -> None:
+        """Show the state after `step` steps; memory in GB."""
+        if self.silent:
+            return
+        shown = "loss -" if loss is None else f"loss {loss:.4f}"
+        status = f"{shown}  {images_per_second:.0f} images/s  {memory:.1f} GB"
         if self.live is not None and self.task is not None:
             self.live.update(self.task, completed=step, status=status)
             return

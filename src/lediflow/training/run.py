@@ -2,19 +2,24 @@
 
 RUN/config.yaml             every setting, as resolved
 RUN/<stage>/                checkpoints/step-N/, metrics.jsonl, previews/
-RUN/logs/                   TensorBoard
+RUN/logs/<stage>/           TensorBoard
 RUN/pipeline/               what LeDiFlowPipeline.from_pretrained loads
 RUN/baseline/pipeline/      what FlowMatchingPipeline.from_pretrained loads
+RUN/averages/NAME/          the same two with a further average of the weights, for each in training.ema
 RUN/README.md               model card
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable
+import textwrap
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from lediflow.data.images import ImageData
 from lediflow.errors import UserError, nearest
@@ -24,8 +29,10 @@ from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.training import checkpoint
 from lediflow.training.config import STAGES, Config, StageName, differences, load_config
+from lediflow.training.processes import check_device, make_accelerator, on_main
 from lediflow.training.stages import BUILDERS, Latents, build_stage
-from lediflow.training.trainer import check_device, fit, make_accelerator
+from lediflow.training.trackers import check_tracker, start_tracker, stop_tracker
+from lediflow.training.trainer import Interrupted, check_batches, fit
 
 
 def train(
@@ -54,33 +61,78 @@ def train(
     if config.data.train is None:
         raise UserError("no dataset: give --data FOLDER (or a Parquet file), or set data.train")
     check_device(device)
-    _refuse_another_run(run, config, chosen, resume)
-    data = ImageData(
-        config.data.train,
-        image_size=config.data.image_size,
-        channels=config.data.channels,
-        crop=config.data.crop,
-        flip=config.data.flip,
-        max_broken=config.data.max_broken,
-        cache_gb=config.data.cache_gb,
+    check_tracker(config)
+    tracker = config.training.tracker
+    accelerator = make_accelerator(
+        config.training, device, log_with=None if tracker == "none" else tracker, project_dir=run / "logs"
     )
-    _claim(run, config, chosen, resume)
-    accelerator = make_accelerator(config, device, run / "logs")
-    _say(f"{len(data)} images of {config.data.image_size} px from {config.data.train}; run folder {run}")
+    check_batches(config, chosen, accelerator.num_processes)
+    _refuse_another_run(run, config, chosen, resume)
+    data = _open_data(config, quiet=not accelerator.is_main_process)
+    on_main(accelerator, lambda: _claim(run, config, chosen, resume))
+    if accelerator.is_main_process:
+        _say(f"{len(data)} images of {config.data.image_size} px from {config.data.train}; run folder {run}")
+        if (count := accelerator.num_processes) > 1:
+            _say(f"{count} processes ({config.training.parallel}) on {accelerator.device.type}")
+    try:
+        _train_stages(config, run, chosen, data, accelerator, resume=resume)
+    except Interrupted:
+        accelerator.end_training()
+        raise
+    accelerator.end_training()
+    return run
+
+
+def _open_data(config: Config, *, quiet: bool) -> ImageData:
+    with warnings.catch_warnings():
+        if quiet:  # the main process says it
+            warnings.simplefilter("ignore")
+        data = ImageData(
+            str(config.data.train),
+            image_size=config.data.image_size,
+            channels=config.data.channels,
+            crop=config.data.crop,
+            flip=config.data.flip,
+            max_broken=config.data.max_broken,
+            cache_gb=config.data.cache_gb,
+        )
+    if config.data.classes and data.num_classes != config.data.classes:
+        named = f": {textwrap.shorten(', '.join(data.class_names), 100)}" if data.num_classes else ""
+        raise UserError(
+            f"data.classes is {config.data.classes}, but {config.data.train} has {data.num_classes} "
+            f"classes{named}; set data.classes={data.num_classes}"
+            + ("" if data.num_classes else ", or give each class a subfolder")
+        )
+    return data
+
+
+def _train_stages(
+    config: Config,
+    run: Path,
+    chosen: list[StageName],
+    data: ImageData,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+) -> None:
     latents: Latents | None = None  # of the auxiliary stage, which comes first; flow and sampler share them
+    classes = data.class_names if config.data.classes else []
     for name in chosen:
-        state = {}
+        must_agree: dict[str, object] = {} if name == "auxiliary" else {"classes": classes}
         if name in ("flow", "sampler"):
             if latents is None:
                 with torch.no_grad(), accelerator.autocast():
                     latents = Latents(load_network(run, "auxiliary", config), data, accelerator.device)
-            state = {"auxiliary": checkpoint.digest(last_checkpoint(run, "auxiliary"))}
+            must_agree["auxiliary"] = checkpoint.digest(last_checkpoint(run, "auxiliary"))
         stage = build_stage(name, config, data, accelerator.device, latents)
-        last = fit(stage, run / name, accelerator, state=state, resume=resume)
-        _say(f"{name}: done, {last}")
-        write_pipelines(run, config)
-    accelerator.end_training()
-    return run
+        start_tracker(accelerator, config, run, name)
+        try:
+            last = fit(stage, run / name, accelerator, must_agree=must_agree, resume=resume)
+        finally:
+            stop_tracker(accelerator)
+        if accelerator.is_main_process:
+            _say(f"{name}: done, {last}")
+        on_main(accelerator, lambda: write_pipelines(run, config, classes))
 
 
 def check_networks(config: Config) -> dict[str, int]:
@@ -108,8 +160,14 @@ def last_checkpoint(run: Path, name: StageName) -> Path:
     return folder / f"step-{steps[-1]}"
 
 
-def load_network(run: Path, name: StageName, config: Config):
+def load_network(run: Path, name: StageName, config: Config, average: str = "ema"):
     """Return a stage's network with its averaged weights, in evaluation mode.
+
+    Args:
+        run: run folder.
+        name: of the stage.
+        config: of the run.
+        average: "ema" for the first average, "ema-NAME" for another.
 
     Raises:
         UserError: no checkpoint, a damaged one, or one of another size.
@@ -117,27 +175,60 @@ def load_network(run: Path, name: StageName, config: Config):
     folder = last_checkpoint(run, name)
     network = BUILDERS[name](config)
     try:
-        network.load_state_dict(checkpoint.load_tensors(folder, "ema.safetensors"))
+        network.load_state_dict(checkpoint.load_tensors(folder, f"{average}.safetensors"))
     except RuntimeError as error:
         raise UserError(f"{folder} does not fit the config: {str(error).splitlines()[-1].strip()}") from None
     return network.eval().requires_grad_(False)
 
 
-def write_pipelines(run: Path, config: Config) -> None:
-    """Write what `from_pretrained` loads, for as many stages as are trained."""
+def write_pipelines(run: Path, config: Config, class_names: Sequence[str] = ()) -> None:
+    """Write what `from_pretrained` loads, for as many stages as are trained and for every average."""
+    _write_pipelines(run, config, class_names, run, "ema")
+    for other in config.training.ema[1:]:
+        _write_pipelines(run, config, class_names, run / "averages" / other.name, f"ema-{other.name}")
+    write_text(run / "README.md", _model_card(run, config))
+
+
+def _write_pipelines(
+    run: Path, config: Config, class_names: Sequence[str], target: Path, average: str
+) -> None:
     trained = {name for name in STAGES if checkpoint.steps_on_disk(run / name / "checkpoints")}
+    id2label = {str(i): name for i, name in enumerate(class_names)} or None
     if {"auxiliary", "flow", "sampler"} <= trained and _same_auxiliary(run):
+        # flow and sampler were trained with the first average of the auxiliary model
         auxiliary: AuxiliaryModel = load_network(run, "auxiliary", config)
         pipeline = LeDiFlowPipeline(
             auxiliary=auxiliary,
-            flow=load_network(run, "flow", config),
-            sampler=load_network(run, "sampler", config),
+            flow=load_network(run, "flow", config, average),
+            sampler=load_network(run, "sampler", config, average),
+            id2label=id2label,
         )
-        write_folder(run / "pipeline", lambda folder: pipeline.save_pretrained(folder))
+        write_folder(target / "pipeline", lambda folder: pipeline.save_pretrained(folder))
     if "baseline" in trained:
-        baseline = FlowMatchingPipeline(flow=load_network(run, "baseline", config))
-        write_folder(run / "baseline" / "pipeline", lambda folder: baseline.save_pretrained(folder))
-    write_text(run / "README.md", _model_card(run, config))
+        baseline = FlowMatchingPipeline(
+            flow=load_network(run, "baseline", config, average), id2label=id2label
+        )
+        write_folder(target / "baseline" / "pipeline", lambda folder: baseline.save_pretrained(folder))
+
+
+def summary(run: Path, config: Config) -> str:
+    """Return what was trained, a line per stage, and the commands to type next."""
+    lines = [f"run folder: {run}"]
+    for name in STAGES:
+        path = run / name / "metrics.jsonl"
+        records = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if records:
+            last = json.loads(records[-1])
+            loss = "no finite loss" if last["loss"] is None else f"loss {last['loss']:.4f}"
+            skipped = f", {last['skipped']} steps skipped" if last["skipped"] else ""
+            lines.append(
+                f"  {name}: {last['step']} steps, {loss}, {last['images_per_second']:.0f} images/s{skipped}"
+            )
+    guided = " --guidance 1.5" if config.data.classes else ""
+    for model in (run, run / "baseline"):
+        if (model / "pipeline").is_dir():
+            lines.append(f"next: lediflow sample {model} -n 64{guided} --output {model / 'samples'}")
+    return "\n".join(lines)
 
 
 def _same_auxiliary(run: Path) -> bool:
@@ -181,7 +272,7 @@ def _claim(run: Path, config: Config, chosen: list[StageName], resume: bool) -> 
                 _move_aside(run / name)
         write_text(run / "config.yaml", config.to_yaml())
     except OSError as error:
-        raise UserError(f"cannot write to {run}: {error}") from None
+        raise UserError(f"cannot write to {run}: {error}; choose another --output") from None
 
 
 def _move_aside(folder: Path) -> None:

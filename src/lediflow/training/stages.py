@@ -20,7 +20,7 @@ from lediflow.data.images import ImageData, to_float
 from lediflow.gaussian import DiagonalGaussian, elbo_loss
 from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.networks.velocity import VelocityTransformer
-from lediflow.sources import derive_seed, image_noise
+from lediflow.sources import BatchNoise, derive_seed, image_noise
 from lediflow.training.config import Config, StageConfig, StageName
 
 PREVIEW_IMAGES = 8
@@ -81,14 +81,18 @@ class Stage(ABC):
     def __init__(self, config: Config, data: ImageData, device: torch.device):
         self.config, self.data, self.device = config, data, device
         self.settings: StageConfig = config.stage(self.name)
-        # the initial weights depend on the seed and the stage alone, whatever ran before
+        self.network = self.build().to(device)
+
+    def build(self) -> Any:
+        """Return the network with its initial weights, on the CPU."""
+        # they depend on the seed and the stage alone, whatever ran before
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.training.seed, self.name, "init"))
-            self.network = BUILDERS[self.name](config).to(device)
+            torch.manual_seed(derive_seed(self.config.training.seed, self.name, "init"))
+            return BUILDERS[self.name](self.config)
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
-        """Return the scalar to minimise and named scalars to log, for a batch of images."""
+    def loss(self, model: nn.Module, batch: Batch, noise: BatchNoise) -> Losses:
+        """Return the scalar to minimise, a mean over the images of the batch, and named scalars to log."""
 
     @abstractmethod
     def preview(self) -> list[Tensor]:
@@ -96,6 +100,22 @@ class Stage(ABC):
 
     def finish(self) -> None:
         """Measure what must be kept with the trained network; called once, with its averaged weights."""
+
+    def training_labels(self, batch: Batch, noise: BatchNoise) -> Tensor | None:
+        """The classes of the batch, (B,), some at random replaced by "no class"; None without classes.
+
+        A network that also learns the velocity without a class can be guided (arXiv 2207.12598).
+        """
+        classes = self.config.data.classes
+        if not classes:
+            return None
+        dropped = noise.uniform("label") < self.config.training.label_dropout
+        return batch["label"].masked_fill(dropped, classes)
+
+    def preview_labels(self) -> Tensor | None:
+        """Classes in turn for PREVIEW_IMAGES previews of no image; None without classes."""
+        classes = self.config.data.classes
+        return torch.arange(PREVIEW_IMAGES, device=self.device) % classes if classes else None
 
     def preview_noise(self, shape: tuple[int, ...], stream: str) -> Tensor:
         """Fixed noise for previews, (PREVIEW_IMAGES, *shape)."""
@@ -106,17 +126,23 @@ class Stage(ABC):
         n = min(PREVIEW_IMAGES, len(self.data))
         return to_float(torch.stack([self.data[i]["image"] for i in range(n)])).to(self.device)
 
+    def preview_image_labels(self) -> Tensor | None:
+        """The classes of `preview_images`, (n,); None without classes."""
+        if not self.config.data.classes:
+            return None
+        n = min(PREVIEW_IMAGES, len(self.data))
+        return torch.tensor([self.data[i]["label"] for i in range(n)], device=self.device)
+
 
 class AuxiliaryStage(Stage):
     """Learn the encoder and the decoder together."""
 
     name = "auxiliary"
 
-    def loss(self, model, batch, generator):
+    def loss(self, model, batch, noise):
         """VGL + beta KL, eq. 5."""
         y = batch["image"]
-        noise = torch.randn((len(y), *self.network.latent_shape), generator=generator, device=self.device)
-        posterior, prior = model(y, noise)
+        posterior, prior = model(y, noise.normal(self.network.latent_shape, "z"))
         loss = elbo_loss(prior, y, posterior, self.config.training.auxiliary.beta)
         with torch.no_grad():
             metrics = {
@@ -182,15 +208,14 @@ class FlowStage(_OnLatents):
 
     name = "flow"
 
-    def loss(self, model, batch, generator):
+    def loss(self, model, batch, noise):
         """Importance-weighted flow matching, eq. 6."""
-        y = batch["image"]
-        z = self.latents.posterior(batch).sample(generator)
+        y, t = batch["image"], noise.times()
+        z = self.latents.posterior(batch).at(noise.normal(self.auxiliary.latent_shape, "z"))
         with torch.no_grad():
             prior = self.auxiliary.decode(z)
-        x = prior.sample(generator)
-        t = flow.stratified_t(len(y), generator, self.device)
-        v = model(flow.phi(x, y, t), t, z)
+        x = prior.at(noise.normal(y.shape[1:], "x"))
+        v = model(flow.phi(x, y, t), t, z, self.training_labels(batch, noise))
         plain = flow.matching_loss(v, x, y)
         if not self.config.training.flow.importance_weighting:
             return plain, {}
@@ -202,7 +227,11 @@ class FlowStage(_OnLatents):
         z = self.auxiliary.encode(y).mean
         prior = self.auxiliary.decode(z)
         x = prior.at(self.preview_noise(y.shape[1:], "x")[: len(y)])
-        ends = [ode.integrate(lambda t, state: self.network(state, t, z), x, steps=n).end for n in (1, 2, 4)]
+        labels = self.preview_image_labels()
+        ends = [
+            ode.integrate(lambda t, state: self.network(state, t, z, labels), x, steps=n).end
+            for n in (1, 2, 4)
+        ]
         return [y, prior.mean, *ends]
 
 
@@ -211,17 +240,21 @@ class SamplerStage(_OnLatents):
 
     name = "sampler"
 
-    def loss(self, model, batch, generator):
+    def loss(self, model, batch, noise):
         """Flow matching on standardised z, eq. 2."""
-        z = self.auxiliary.standardize(self.latents.posterior(batch).sample(generator))
-        w = torch.randn(z.shape, generator=generator, device=self.device)
-        t = flow.stratified_t(len(z), generator, self.device)
-        return flow.matching_loss(model(flow.phi(w, z, t), t), w, z), {}
+        shape, t = self.auxiliary.latent_shape, noise.times()
+        z = self.auxiliary.standardize(self.latents.posterior(batch).at(noise.normal(shape, "z")))
+        w = noise.normal(shape, "w")
+        v = model(flow.phi(w, z, t), t, None, self.training_labels(batch, noise))
+        return flow.matching_loss(v, w, z), {}
 
     def preview(self):
         """Rows: mu at z from 1, 2, 4 midpoint steps."""
-        w = self.preview_noise(self.auxiliary.latent_shape, "w")
-        ends = [ode.integrate(lambda t, state: self.network(state, t), w, steps=n).end for n in (1, 2, 4)]
+        w, labels = self.preview_noise(self.auxiliary.latent_shape, "w"), self.preview_labels()
+        ends = [
+            ode.integrate(lambda t, state: self.network(state, t, None, labels), w, steps=n).end
+            for n in (1, 2, 4)
+        ]
         return [self.auxiliary.decode(self.auxiliary.unstandardize(z)).mean for z in ends]
 
 
@@ -230,17 +263,20 @@ class BaselineStage(Stage):
 
     name = "baseline"
 
-    def loss(self, model, batch, generator):
+    def loss(self, model, batch, noise):
         """Flow matching from N(0, 1), eq. 2."""
-        y = batch["image"]
-        x = torch.randn(y.shape, generator=generator, device=self.device)
-        t = flow.stratified_t(len(y), generator, self.device)
-        return flow.matching_loss(model(flow.phi(x, y, t), t), x, y), {}
+        y, t = batch["image"], noise.times()
+        x = noise.normal(y.shape[1:], "x")
+        v = model(flow.phi(x, y, t), t, None, self.training_labels(batch, noise))
+        return flow.matching_loss(v, x, y), {}
 
     def preview(self):
         """Rows: 1, 2, 4, 8 midpoint steps."""
-        x = self.preview_noise(self.config.sample_shape, "x")
-        return [ode.integrate(lambda t, state: self.network(state, t), x, steps=n).end for n in (1, 2, 4, 8)]
+        x, labels = self.preview_noise(self.config.sample_shape, "x"), self.preview_labels()
+        return [
+            ode.integrate(lambda t, state: self.network(state, t, None, labels), x, steps=n).end
+            for n in (1, 2, 4, 8)
+        ]
 
 
 def build_stage(

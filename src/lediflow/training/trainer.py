@@ -1,7 +1,7 @@
-"""The one loop that trains every stage: precision, EMA, warm-up, clipping, logs, previews, checkpoints.
+"""The one loop that trains every stage: precision, averages, warm-up, clipping, logs, previews, checkpoints.
 
 A step depends on (seed, stage, step) alone: its images and its noise come from generators made for it. So a
-run that stopped and went on is the run that never stopped.
+run that stopped and went on is the run that never stopped, and several processes make the steps of one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,196 +17,263 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from lediflow.data.images import batches
 from lediflow.errors import UserError
 from lediflow.evaluation.report import image_grid
-from lediflow.files import write_text, written_whole
-from lediflow.networks.hourglass import parameter_groups
-from lediflow.sources import derive_seed
+from lediflow.files import clear_unfinished, explained, write_text, written_whole
+from lediflow.sources import BatchNoise, derive_seed
 from lediflow.training import checkpoint
-from lediflow.training.config import Config, StageConfig
-from lediflow.training.progress import Progress
+from lediflow.training.config import Config, StageConfig, StageName
+from lediflow.training.guard import PATIENCE, ROLLBACKS, Diverged
+from lediflow.training.processes import gradients, local, on_main, whole
+from lediflow.training.progress import Meter, Progress, memory_gb
 from lediflow.training.stages import Stage
+from lediflow.training.state import TrainingState
 
 
 class Interrupted(Exception):
     """The user or the system asked the process to stop; the state was saved."""
 
 
-def make_accelerator(config: Config, device: str | None, logs: Path) -> Accelerator:
-    """Return the Accelerate engine for the config's precision.
-
-    Args:
-        config: of the run.
-        device: "cpu", "cuda" or "mps"; None for the best there is.
-        logs: folder of TensorBoard's files.
+def check_batches(config: Config, stages: list[StageName], processes: int) -> None:
+    """Refuse a batch that cannot be cut into equal parts.
 
     Raises:
-        UserError: a device that is unknown or not there.
+        UserError: naming the stage's batch size and its divisor.
     """
-    check_device(device)
-    # one process may train several runs, in other precisions
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.training.precision == "bf16" else "no",
-        cpu=device == "cpu",
-        log_with="tensorboard",
-        project_dir=logs,
-    )
-    accelerator.init_trackers("logs")
-    return accelerator
+    parts = processes * config.training.accumulate
+    for name in stages:
+        size = config.stage(name).batch_size
+        if size % parts:
+            raise UserError(
+                f"training.{name}.batch_size {size} is not divisible by {parts} ({processes} processes times "
+                f"training.accumulate {config.training.accumulate}); the nearest that is: "
+                f"{max(1, round(size / parts)) * parts}"
+            )
 
 
-def check_device(device: str | None) -> torch.device:
-    """Return the torch device of a name, the best there is for None.
-
-    Raises:
-        UserError: the name is unknown, or this machine has no such device.
-    """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device is None:
-        return torch.device("cuda" if there["cuda"] else "mps" if there["mps"] else "cpu")
-    kind = device.partition(":")[0]
-    if kind not in there:
-        raise UserError(f"unknown device {device!r}; choose cpu, cuda or mps")
-    if not there[kind]:
-        raise UserError(
-            f"this machine has no {kind} device that torch can use; leave --device out or use cpu"
-        )
-    return torch.device(device)
-
-
-def fit(stage: Stage, folder: Path, accelerator: Accelerator, *, state: dict[str, Any], resume: bool) -> Path:
+def fit(
+    stage: Stage, folder: Path, accelerator: Accelerator, *, must_agree: dict[str, Any], resume: bool
+) -> Path:
     """Train `stage` to its last step and return the folder of its last checkpoint.
 
     Args:
         stage: what to learn.
         folder: of the stage in the run folder.
-        accelerator: from `make_accelerator`.
-        state: what a checkpoint must agree on to be continued, kept in its state.json.
+        accelerator: from `processes.make_accelerator`.
+        must_agree: what a checkpoint must agree on to be continued, kept in its state.json.
         resume: go on from the last checkpoint in `folder`, if there is one.
 
     Raises:
-        UserError: the loss is not finite, a checkpoint is damaged or does not fit, the disk is full.
-        Interrupted: after SIGINT or SIGTERM, with the state saved.
+        UserError: the training diverges, a checkpoint is damaged or does not fit, the disk is full.
+        Interrupted: after SIGINT or SIGTERM to any of the processes, with the state saved.
     """
-    return _Fit(stage, folder, accelerator, state).run(resume)
+    try:
+        return _Fit(stage, folder, accelerator, must_agree).run(resume)
+    finally:
+        accelerator.free_memory()  # or it would hold every stage's weights to the end
 
 
 class _Fit:
-    def __init__(self, stage: Stage, folder: Path, accelerator: Accelerator, state: dict[str, Any]):
-        self.stage, self.folder, self.accelerator, self.state = stage, folder, accelerator, state
+    def __init__(self, stage: Stage, folder: Path, accelerator: Accelerator, must_agree: dict[str, Any]):
+        self.stage, self.folder, self.accelerator, self.must_agree = stage, folder, accelerator, must_agree
         self.settings, self.training = stage.settings, stage.config.training
-        self.network = stage.network
-        groups = list(parameter_groups(self.network, self.settings.learning_rate, self.settings.weight_decay))
-        self.base_rates = [group["lr"] for group in groups]
-        optimizer = torch.optim.AdamW(
-            groups, betas=self.settings.betas, fused=accelerator.device.type in ("cpu", "cuda")
-        )
-        if self.training.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-        if self.training.compile == "model":
-            self.network.compile()
-        elif self.training.compile == "blocks":
-            self.network.compile_repeated_blocks()
-        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
-        self.ema = EMAModel(
-            self.network.parameters(), decay=self.settings.ema_decay, use_ema_warmup=True, foreach=True
-        )
+        self.state = TrainingState(stage, folder / "checkpoints", accelerator)
 
     def run(self, resume: bool) -> Path:
+        on_main(self.accelerator, self._tidy)
         start = self._resume() if resume else 0
-        last = self.folder / "checkpoints" / f"step-{self.settings.steps}"
-        if start >= self.settings.steps:
-            return self.folder / "checkpoints" / f"step-{start}"
-        (self.folder / "previews").mkdir(parents=True, exist_ok=True)
-        self._drop_metrics_after(start)
-        stream = batches(
+        last = max(start, self.settings.steps)
+        with stop_signals() as stopped:
+            while start < last:
+                try:
+                    self._loop(start, stopped)
+                    break
+                except Diverged as failure:
+                    start = self._roll_back(failure)
+        return self.state.path(last)
+
+    def _loop(self, start: int, stopped: list[int]) -> None:
+        on_main(self.accelerator, lambda: self._drop_metrics_after(start))
+        every, last = self.training, self.settings.steps
+        stream, meter = self._images(start), Meter()
+        with Progress(self.stage.name, start, last, silent=not self.accelerator.is_main_process) as progress:
+            for step in range(start + 1, last + 1):
+                with meter.waiting():
+                    batch = next(stream)
+                loss, norm, metrics, stop = self._step(step, batch, bool(stopped))
+                meter.count(loss, self.settings.batch_size)
+                if step % every.log_every == 0 or step == last:
+                    self._log(step, {**meter.read(), "grad_norm": norm}, metrics, progress)
+                if step == last:
+                    with self.state.averaged_weights(), torch.no_grad(), self.accelerator.autocast():
+                        self.stage.finish()
+                if step == last or stop or (step % every.checkpoint_every == 0 and not self.state.guard.bad):
+                    self.state.save(step, self.must_agree)
+                if step == last or step % every.preview_every == 0:
+                    self._preview(step)
+                if stop and step < last:
+                    raise Interrupted(
+                        f"stopped at step {step} of stage {self.stage.name}; everything is saved"
+                    )
+
+    def _images(self, start: int) -> Iterator[dict[str, Tensor]]:
+        return batches(
             self.stage.data,
             batch_size=self.settings.batch_size,
-            seed=derive_seed(self.training.seed, self.stage.name, "data"),
+            seed=self._seed("data"),
             start=start,
             stop=self.settings.steps,
             workers=self.stage.config.data.workers,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
         )
-        with (
-            stop_signals() as stopped,
-            open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log,
-            Progress(self.stage.name, start, self.settings.steps) as progress,
-        ):
-            self._loop(start, stream, stopped, log, progress)
-        return last
 
-    def _loop(
-        self, start: int, stream: Iterator[dict[str, Tensor]], stopped, log, progress: Progress
-    ) -> None:
-        every, settings = self.training, self.settings
-        losses: list[Tensor] = []
-        began, seen = time.perf_counter(), 0
-        for step, batch in enumerate(stream, start=start + 1):
-            loss, metrics, norm = self._step(step, batch)
-            losses.append(loss)
-            seen += len(batch["index"])
-            if step % every.log_every == 0 or step == settings.steps:
-                mean = torch.stack(losses).mean().item()
-                rate = seen / (time.perf_counter() - began)
-                self._log(log, step, mean, norm, rate, metrics)
-                progress.update(step, mean, rate)
-                losses.clear()
-                began, seen = time.perf_counter(), 0
-            done = step == settings.steps
-            if done:
-                with self._averaged_weights(), torch.no_grad(), self.accelerator.autocast():
-                    self.stage.finish()
-            if done or stopped or step % every.checkpoint_every == 0:
-                self._save(step)
-            if done or step % every.preview_every == 0:
-                self._preview(step)
-            if stopped and not done:
-                raise Interrupted(f"stopped at step {step} of stage {self.stage.name}; everything is saved")
+    def _seed(self, *names: str | int) -> int:
+        """Of a stream of this stage; each rollback has streams of its own."""
+        again = (f"attempt-{self.state.guard.attempt}",) if self.state.guard.attempt else ()
+        return derive_seed(self.training.seed, self.stage.name, *again, *names)
 
-    def _step(self, step: int, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        device = self.accelerator.device
+    # One step
+
+    def _step(
+        self, step: int, batch: dict[str, Tensor], stopped: bool
+    ) -> tuple[float, float, dict[str, Tensor], bool]:
+        """Learn from a batch; return loss, gradient norm, metrics, and whether any process must stop."""
+        for group, rate in zip(self.state.optimizer.param_groups, self.state.base_rates, strict=True):
+            group["lr"] = rate * rate_factor(step, self.settings) * self.state.guard.rate
+        self.state.model.train()
+        metrics = self._gradients(step, batch)
+        norm = whole(self.accelerator.clip_grad_norm_(self.state.parameters, self.settings.clip))
+        # one exchange and one wait for the device a step
+        shared = torch.stack((metrics.pop("loss"), norm, torch.full_like(norm, float(stopped))))
+        loss, norm, stops = self.accelerator.reduce(shared, "mean").tolist()
+        fault = self._fault(loss, norm)
+        if not fault:
+            self.state.optimizer.step()
+            self.state.averages.update(self.state.parameters)
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.state.optimizer.zero_grad()
+        if self.state.guard.bad:
+            self._report(step, fault, batch)
+        return loss, norm, metrics, stops > 0
+
+    def _gradients(self, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add up the gradients of the parts of this process's batch; return loss and metrics, averaged."""
+        device, parts = self.accelerator.device, self.training.accumulate
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
-        generator = torch.Generator(device).manual_seed(
-            derive_seed(self.training.seed, self.stage.name, "noise", step)
-        )
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * rate_factor(step, self.settings)
-        self.model.train()
-        with self.accelerator.autocast():
-            loss, metrics = self.stage.loss(self.model, batch, generator)
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip)
-        if not math.isfinite(norm):
-            name = self.stage.name
-            raise UserError(
-                f"stage {name}, step {step}: the loss ({loss.item():g}) or its gradient is not finite. The "
-                f"last checkpoint is intact. Lower training.{name}.learning_rate, raise its warmup_steps, "
-                "or try training.precision=fp32"
+        size = len(batch["index"]) // parts
+        first = self.accelerator.process_index * len(batch["index"])
+        results = []
+        for i in range(parts):
+            part = {k: v[i * size : (i + 1) * size] for k, v in batch.items()}
+            noise = BatchNoise(
+                self._seed("noise", step),
+                batch_size=self.settings.batch_size,
+                positions=range(first + i * size, first + (i + 1) * size),
+                device=device,
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.step(self.network.parameters())
-        return loss.detach(), metrics, norm
+            with gradients(self.state.model, self.accelerator, complete=i == parts - 1):
+                with self.accelerator.autocast():
+                    loss, metrics = self.stage.loss(self.state.model, part, noise)
+                self.accelerator.backward(loss / parts)
+            results.append({"loss": loss.detach().float(), **metrics})
+        return {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
+
+    def _fault(self, loss: float, norm: float) -> str:
+        """Say what is wrong with a step that must be skipped."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1:
+            return "the scale of fp16 was too large"  # which its next update mends
+        return self.state.guard.judge(loss, norm, self.training.spike)
+
+    def _report(self, step: int, fault: str, batch: dict[str, Tensor]) -> None:
+        """Tell of a bad step; after PATIENCE of them in a row give this attempt up."""
+        bad = self.state.guard.bad
+        self._say(f"{self.stage.name} step {step}: {fault}; skipped ({bad} in a row)")
+        if bad >= PATIENCE:
+            weights = (local(p).detach() for p in self.state.parameters)
+            largest = max(weight.abs().max().item() for weight in weights if weight.numel())
+            images = "finite" if torch.isfinite(batch["image"]).all() else "not finite"
+            rate = self.state.optimizer.param_groups[0]["lr"]
+            raise Diverged(
+                step,
+                f"{fault}. The learning rate is {rate:g}, the largest weight {largest:g}, the images are "
+                f"{images}",
+            )
+
+    def _roll_back(self, failure: Diverged) -> int:
+        """Return to the last good checkpoint, with other images and noise and half the learning rate."""
+        step, seen = failure.args
+        name, state, failed = self.stage.name, self.state, self.state.guard
+        good = state.good_steps()
+        if not good or failed.rollbacks >= ROLLBACKS:
+            tried = f"after {ROLLBACKS} returns to it" if good else "and there is none to return to"
+            raise UserError(
+                f"stage {name}, step {step}: {PATIENCE} bad steps in a row; {seen}. The last checkpoint is "
+                f"intact, {tried}. Lower training.{name}.learning_rate, raise its warmup_steps, or try "
+                "training.precision=fp32"
+            )
+        self.accelerator.wait_for_everyone()  # until all know what is good
+        on_main(self.accelerator, lambda: state.remove_after(good[-1]))
+        state.load(good[-1])
+        state.guard = failed.after_rollback(state.guard, step)
+        self._say(f"{name}: back to step {good[-1]}, with other images and noise and half the learning rate")
+        return good[-1]
+
+    def _resume(self) -> int:
+        steps = self.state.steps()
+        if not steps:
+            return 0
+        folder = self.state.path(steps[-1])
+        saved = checkpoint.load_state(folder)
+        for key, value in self.must_agree.items():
+            if saved.get(key) != value:
+                raise UserError(
+                    f"{folder} was trained with another {key} ({saved.get(key)}, now {value}); use "
+                    f"--no-resume to train stage {self.stage.name} again"
+                )
+        if steps[-1] < self.settings.steps:
+            self.state.load(steps[-1])
+        return steps[-1]
+
+    # What is written
 
     def _log(
-        self, log, step: int, loss: float, norm: Tensor, rate: float, metrics: dict[str, Tensor]
+        self, step: int, reading: dict[str, Any], metrics: dict[str, Tensor], progress: Progress
     ) -> None:
+        means = {k: self.accelerator.reduce(v.float(), "mean").item() for k, v in metrics.items()}
         record = {
-            "loss": loss,
-            "grad_norm": float(norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": round(rate, 1),
-            **{name: float(value) for name, value in metrics.items()},
+            **reading,
+            "learning_rate": self.state.optimizer.param_groups[0]["lr"],
+            "memory_gb": round(memory_gb(self.accelerator.device), 3),
+            "skipped": self.state.guard.skipped,
+            "rollbacks": self.state.guard.attempt,
+            **means,
         }
-        log.write(json.dumps({"step": step, **record}) + "\n")
-        log.flush()
-        self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in record.items()}, step=step)
+        finite = {k: v for k, v in record.items() if v is not None and math.isfinite(v)}
+        path = self.folder / "metrics.jsonl"
+        if self.accelerator.is_main_process:
+            with explained(path), open(path, "a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step, **{k: finite.get(k) for k in record}}) + "\n")
+        with explained(self.folder.parent / "logs"):
+            self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in finite.items()}, step=step)
+        progress.update(
+            step,
+            loss=reading["loss"],
+            images_per_second=reading["images_per_second"],
+            memory=record["memory_gb"],
+        )
+
+    def _tidy(self) -> None:
+        """Make the stage's folders and clear them of what killed processes left."""
+        with explained(self.folder):
+            for folder in (self.folder, self.folder / "previews", self.state.folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                clear_unfinished(folder)
 
     def _drop_metrics_after(self, start: int) -> None:
         """Forget lines of steps that will be made again."""
@@ -214,71 +281,35 @@ class _Fit:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            write_text(path, "".join(kept))
+            with explained(path):
+                write_text(path, "".join(kept))
 
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        parameters = list(self.network.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        self.network.eval()
-        try:
-            yield
-        finally:
-            self.ema.restore(parameters)
-            self.network.train()
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, file=sys.stderr, flush=True)
 
     def _preview(self, step: int) -> None:
-        with self._averaged_weights(), torch.no_grad(), self.accelerator.autocast():
-            rows = self.stage.preview()
-        scale = max(1, 64 // rows[0].shape[-1])
-        with written_whole(self.folder / "previews" / f"step-{step:06d}.png") as path:
-            image_grid(rows, scale=scale).save(path)
+        def draw() -> None:
+            with torch.no_grad(), self.accelerator.autocast():
+                rows = self.stage.preview()
+            scale = max(1, 64 // rows[0].shape[-1])
+            path = self.folder / "previews" / f"step-{step:06d}.png"
+            with explained(path), written_whole(path) as unfinished:
+                image_grid(rows, scale=scale).save(unfinished)
 
-    def _save(self, step: int) -> None:
-        names = [name for name, _ in self.network.named_parameters()]
-        buffers = dict(self.network.named_buffers())
-        averaged = dict(zip(names, self.ema.shadow_params, strict=True)) | buffers
-        checkpoint.save(
-            self.folder / "checkpoints",
-            step,
-            model=self.network.state_dict(),
-            ema=averaged,
-            optimizer=self.optimizer,
-            state={**self.state, "ema_steps": self.ema.optimization_step},
-            keep=self.training.keep_checkpoints,
-        )
-
-    def _resume(self) -> int:
-        steps = checkpoint.steps_on_disk(self.folder / "checkpoints")
-        if not steps:
-            return 0
-        folder = self.folder / "checkpoints" / f"step-{steps[-1]}"
-        saved = checkpoint.load_state(folder)
-        for key, value in self.state.items():
-            if saved.get(key) != value:
-                raise UserError(
-                    f"{folder} was trained with another {key} ({saved.get(key)}, now {value}); use "
-                    f"--no-resume to train stage {self.stage.name} again"
-                )
-        if steps[-1] >= self.settings.steps:
-            return steps[-1]
-        self.network.load_state_dict(checkpoint.load_tensors(folder, "model.safetensors"))
-        averaged = checkpoint.load_tensors(folder, "ema.safetensors")
-        for (name, _), shadow in zip(self.network.named_parameters(), self.ema.shadow_params, strict=True):
-            shadow.copy_(averaged[name])
-        self.ema.optimization_step = saved["ema_steps"]
-        checkpoint.load_optimizer(folder, self.optimizer)
-        return steps[-1]
+        with self.state.averaged_weights():
+            on_main(self.accelerator, draw)
 
 
 def rate_factor(step: int, settings: StageConfig) -> float:
-    """Return the share of the learning rate at `step` (from 1): linear warm-up, then constant or cosine."""
-    warmup = min(1.0, step / max(1, settings.warmup_steps))
-    if settings.schedule == "constant":
-        return warmup
-    progress = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return warmup * 0.5 * (1 + math.cos(math.pi * progress))
+    """Return the share of the learning rate at `step` (from 1): linear warm-up, then the schedule."""
+    begin = max(1, settings.warmup_steps)
+    if step < begin or settings.schedule == "constant":
+        return min(1.0, step / begin)
+    if settings.schedule == "inverse-sqrt":
+        return math.sqrt(begin / step)
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @contextmanager

@@ -1,0 +1,149 @@
+"""One process or many: devices, copies or shards of the weights, and what one process does for all.
+
+The engine is Accelerate: it finds out from the environment that `torchrun` or `accelerate launch` made
+whether there are other processes, and copies the weights (DDP). Shards (FSDP2) are torch's own
+`fully_shard`, which Accelerate leaves out where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lediflow.errors import UserError
+from lediflow.networks.hourglass import Block
+from lediflow.training.config import TrainingConfig
+
+
+def check_device(device: str | None) -> torch.device:
+    """Return the torch device of a name, the best there is for None.
+
+    Raises:
+        UserError: the name is unknown, or this machine has no such device.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device is None:
+        return torch.device("cuda" if there["cuda"] else "mps" if there["mps"] else "cpu")
+    kind = device.partition(":")[0]
+    if kind not in there:
+        raise UserError(f"unknown device {device!r}; choose cpu, cuda or mps")
+    if not there[kind]:
+        raise UserError(
+            f"this machine has no {kind} device that torch can use; leave --device out or use cpu"
+        )
+    return torch.device(device)
+
+
+def make_accelerator(training: TrainingConfig, device: str | None, **options: Any) -> Accelerator:
+    """Return the Accelerate engine for a precision and a device, joined with the other processes, if any.
+
+    Args:
+        training: its precision and parallel are read.
+        device: "cpu", "cuda" or "mps"; None for the best there is.
+        options: further arguments of Accelerator.
+
+    Raises:
+        UserError: a device that is unknown or not there, or a precision that it does not have.
+    """
+    kind = check_device(device).type
+    if training.precision == "fp16" and kind != "cuda":
+        raise UserError(f"training.precision=fp16 needs a CUDA GPU, not {kind}; use bf16 or fp32")
+    if training.precision == "fp16" and training.parallel == "fsdp":
+        raise UserError("training.parallel=fsdp does not scale losses, as fp16 needs; use bf16 or fp32")
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
+            raise UserError(
+                f"accelerate was configured to use {engine}; launch without it and choose with "
+                "--set training.parallel=ddp or fsdp"
+            )
+    # one process may train several runs, in other precisions
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # buffers are equal on all processes from the start: nothing changes them between steps
+    copies = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(
+        mixed_precision="no" if training.precision == "fp32" else training.precision,
+        cpu=kind == "cpu",
+        kwargs_handlers=[copies],
+        **options,
+    )
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints, and writes what all share."""
+    return PartialState().is_main_process
+
+
+def shard(network: nn.Module, accelerator: Accelerator) -> None:
+    """Cut the weights over the processes in place (FSDP2), block by block."""
+    mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for module in network.modules():
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+@contextmanager
+def gradients(model: nn.Module, accelerator: Accelerator, *, complete: bool) -> Iterator[None]:
+    """Run a forward and backward pass; the processes exchange gradients only when they are `complete`."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(complete)
+    unfinished = not complete and not isinstance(model, FSDPModule)
+    with accelerator.no_sync(model) if unfinished else nullcontext():
+        yield
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor in one piece; of a sharded one every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in one piece as the shards that `like` has, on its device."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], object]) -> None:
+    """Let the main process act while the others wait; if it fails, all fail.
+
+    Raises:
+        UserError: what `act` raised, on the main process; that it failed, on the others.
+    """
+    failure: UserError | None = None
+    if accelerator.is_main_process:
+        try:
+            act()
+        except UserError as error:
+            failure = error
+    failed = torch.tensor(float(failure is not None), device=accelerator.device)
+    if accelerator.reduce(failed, "sum") > 0:
+        raise failure or UserError("the main process failed; its message says why")
+
+
+def batches_of_process(count: int, batch_size: int, process: int, processes: int) -> list[range]:
+    """Return which of `count` images this process makes: every `processes`-th batch, or all as one range.
+
+    Where there is enough work the batches are those that one process would make, so the images are the same
+    bit for bit on the same kind of device.
+    """
+    if processes == 1 or count < 1 or batch_size < 1:
+        return [range(count)]
+    size = min(batch_size, -(-count // processes))
+    return [range(i, min(i + size, count)) for i in range(process * size, count, processes * size)]
