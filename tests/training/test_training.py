@@ -14,7 +14,8 @@ from lediflow.errors import UserError
 from lediflow.training import checkpoint
 from lediflow.training.config import STAGES, load_config
 from lediflow.training.run import train
-from lediflow.training.trainer import Interrupted, check_device, rate_factor
+from lediflow.training.processes import check_device
+from lediflow.training.trainer import Interrupted, rate_factor
 
 
 def assert_same_weights(a, b, stages=STAGES):
@@ -127,11 +128,9 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
 
     def save():
-        weights = model.state_dict()
-        checkpoint.save(tmp_path, 1, model=weights, ema=weights, optimizer=optimizer, state={}, keep=1)
+        checkpoint.save(tmp_path, 1, files={"model": model.state_dict()}, state={}, keep=1)
 
     save()
     before = (tmp_path / "step-1" / "model.safetensors").read_bytes()
@@ -152,7 +151,7 @@ def test_loss_that_is_not_finite_stops_with_a_diagnosis(tmp_path):
     config = load_config(
         "digits", [*TINY, "training.baseline.learning_rate=1e30", "training.baseline.steps=50"]
     )
-    with pytest.raises(UserError, match=r"not finite.*training.baseline.learning_rate"):
+    with pytest.raises(UserError, match=r"bad steps in a row.*not finite.*learning rate is .*none to return to.*training.baseline.learning_rate"):
         train(config, tmp_path / "run", device="cpu", stages=["baseline"])
 
 
@@ -163,6 +162,10 @@ def test_learning_rate_warms_up_and_decays():
     assert rate_factor(60, settings) == pytest.approx(0.5)
     assert rate_factor(110, settings) == pytest.approx(0.0)
     assert rate_factor(60, settings.model_copy(update={"schedule": "constant"})) == 1.0
+    linear = settings.model_copy(update={"schedule": "linear"})
+    assert [rate_factor(n, linear) for n in (5, 10, 35, 110)] == pytest.approx([0.5, 1.0, 0.75, 0.0])
+    root = settings.model_copy(update={"schedule": "inverse-sqrt"})
+    assert [rate_factor(n, root) for n in (5, 10, 40, 90)] == pytest.approx([0.5, 1.0, 0.5, 1 / 3])
 
 
 def test_devices_are_checked_by_name():

@@ -8,6 +8,7 @@ whether there are other processes, and copies the weights (DDP). Shards (FSDP2) 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -85,6 +86,8 @@ def is_main_process() -> bool:
 
 def shard(network: nn.Module, accelerator: Accelerator) -> None:
     """Cut the weights over the processes in place (FSDP2), block by block."""
+    # torch warns of in-place changes to a network's output; the losses make none
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in network.modules():
         if isinstance(module, Block):
