@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lediflow.sources import derive_seed, image_noise
+from lediflow.sources import BatchNoise, derive_seed, image_noise
 
 
 def test_noise_does_not_depend_on_the_batch():
@@ -27,3 +27,22 @@ def test_derived_seeds_are_fixed_for_ever():
     """A change here would change every image that a seed stands for."""
     assert derive_seed(0, "x", 0) == 3530328692663980643
     assert 0 <= derive_seed(2**70, "anything") < 2**63
+
+
+def test_parts_of_a_batch_meet_the_noise_of_the_whole():
+    def noise(start, stop, seed=3):
+        return BatchNoise(seed, batch_size=12, positions=range(start, stop), device=torch.device("cpu"))
+
+    whole, parts = noise(0, 12), [noise(0, 3), noise(3, 4), noise(4, 12)]
+    for draw in (
+        lambda n: n.normal((2, 5, 5), "x"),
+        lambda n: n.uniform("label"),
+        lambda n: n.times(),
+    ):
+        assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
+        assert not torch.equal(draw(whole), draw(noise(0, 12, seed=4)))
+    assert not torch.equal(whole.normal((4,), "x"), whole.normal((4,), "z"))
+    assert sorted((whole.times() * 12).long().tolist()) == list(range(12)), "stratified over the whole batch"
+    drawn = torch.cat([noise(0, 12, seed).normal((100,), "x") for seed in range(10)])
+    assert drawn.mean().item() == pytest.approx(0, abs=0.03)
+    assert drawn.std().item() == pytest.approx(1, abs=0.03)

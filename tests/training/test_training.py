@@ -13,8 +13,8 @@ from conftest import TINY, shared, weights
 from lediflow.errors import UserError
 from lediflow.training import checkpoint
 from lediflow.training.config import STAGES, load_config
-from lediflow.training.run import train
 from lediflow.training.processes import check_device
+from lediflow.training.run import train
 from lediflow.training.trainer import Interrupted, rate_factor
 
 
@@ -126,6 +126,90 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     assert checkpoint.steps_on_disk(run / "baseline" / "checkpoints") == [5, 6]
 
 
+def test_every_kth_checkpoint_is_kept_too(tmp_path):
+    every = ["training.checkpoint_every=1", "training.keep_checkpoints=1", "training.keep_every=2"]
+    run = train(load_config("digits", [*TINY, *every]), tmp_path / "run", device="cpu", stages=["baseline"])
+    assert checkpoint.steps_on_disk(run / "baseline" / "checkpoints") == [2, 4, 6]
+
+
+def test_accumulated_parts_make_the_steps_of_the_whole_batch(tiny_run, tmp_path):
+    config = load_config("digits", [*TINY, "training.accumulate=4"])
+    run = train(config, tmp_path / "run", device="cpu", stages=["auxiliary", "baseline"])
+    for stage in ("auxiliary", "baseline"):
+        left, right = weights(tiny_run, stage), weights(run, stage)
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="auxiliary.batch_size 8 is not divisible by 3 .*nearest that is: 9"):
+        train(load_config("digits", [*TINY, "training.accumulate=3"]), tmp_path / "other", device="cpu")
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
+    """The third checkpoint meets a full disk; with space again the run goes on to the same weights."""
+    config = load_config("digits", [*TINY, "training.checkpoint_every=1", "training.tracker=none"])
+    undisturbed = train(config, tmp_path / "undisturbed", device="cpu", stages=["baseline"])
+    assert not (undisturbed / "logs").exists()
+    write = checkpoint.save_file
+
+    def full(tensors, path):
+        if path.parent.name == ".step-3.new" and path.name == "optimizer.safetensors":
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="cannot write .*step-3.*No space left on device"):
+        train(config, tmp_path / "run", device="cpu", stages=["baseline"])
+    assert os.listdir(tmp_path / "run" / "baseline" / "checkpoints") in (
+        ["step-1", "step-2"],
+        ["step-2", "step-1"],
+    )
+    monkeypatch.setattr(checkpoint, "save_file", write)
+    train(config, tmp_path / "run", device="cpu", stages=["baseline"])
+    assert_same_weights(undisturbed, tmp_path / "run", ["baseline"])
+
+
+def test_averages_are_kept_resumed_and_made_into_pipelines(tmp_path):
+    averages = "training.ema=[{name: short, max_decay: 0.1}, {name: long, half_life: 1000}]"
+    half = [f"training.{stage}.steps=3" for stage in STAGES]
+    whole = train(load_config("digits", [*TINY, averages]), tmp_path / "whole", device="cpu")
+    run = train(load_config("digits", [*TINY, averages, *half]), tmp_path / "run", device="cpu",
+                stages=["auxiliary", "baseline"])  # fmt: skip
+    train(load_config("digits", [*TINY, averages]), run, device="cpu", stages=["auxiliary", "baseline"])
+    last = "baseline/checkpoints/step-6"
+    for file in ("ema.safetensors", "ema-long.safetensors"):
+        assert (whole / last / file).read_bytes() == (run / last / file).read_bytes()
+    from lediflow import FlowMatchingPipeline, LeDiFlowPipeline
+
+    long = checkpoint.load_tensors(whole / last, "ema-long.safetensors")
+    pipeline = FlowMatchingPipeline.from_pretrained(whole / "averages" / "long" / "baseline" / "pipeline")
+    assert torch.equal(pipeline.flow.patch_in.weight, long["patch_in.weight"])
+    assert not torch.equal(weights(whole, "baseline")["patch_in.weight"], long["patch_in.weight"])
+    LeDiFlowPipeline.from_pretrained(whole / "averages" / "long" / "pipeline")
+    with pytest.raises(UserError, match="every average needs a name of its own"):
+        load_config("digits", ["training.ema=[{name: a}, {name: a}]"])
+
+
+def test_trackers_that_are_not_installed_are_named(tmp_path, monkeypatch):
+    from lediflow.training import trackers
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    for name in ("wandb", "trackio"):
+        with pytest.raises(UserError, match=f"needs the package {name}: pip install {name}"):
+            train(load_config("digits", [*TINY, f"training.tracker={name}"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_is_refused_where_it_cannot_work(tmp_path):
+    with pytest.raises(UserError, match="fp16 needs a CUDA GPU, not cpu"):
+        train(load_config("digits", ["training.precision=fp16"]), tmp_path / "run", device="cpu")
+
+
+def test_classes_must_match_the_data(tmp_path):
+    with pytest.raises(UserError, match="data.classes is 7, but digits has 10 classes: 0, 1.*classes=10"):
+        train(load_config("digits", [*TINY, "data.classes=7"]), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model = torch.nn.Linear(2, 2)
 
@@ -151,7 +235,10 @@ def test_loss_that_is_not_finite_stops_with_a_diagnosis(tmp_path):
     config = load_config(
         "digits", [*TINY, "training.baseline.learning_rate=1e30", "training.baseline.steps=50"]
     )
-    with pytest.raises(UserError, match=r"bad steps in a row.*not finite.*learning rate is .*none to return to.*training.baseline.learning_rate"):
+    with pytest.raises(
+        UserError,
+        match=r"bad steps in a row.*not finite.*none to return to.*training.baseline.learning_rate",
+    ):
         train(config, tmp_path / "run", device="cpu", stages=["baseline"])
 
 
