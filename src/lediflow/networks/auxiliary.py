@@ -29,7 +29,7 @@ from lediflow.networks.hourglass import (
     token_grid,
     unpatchify,
 )
-from lediflow.networks.safetensors_only import SafetensorsOnly
+from lediflow.networks.model import Network
 
 POSTERIOR_LOG_VAR = (-12.0, 4.0)
 PRIOR_LOG_VAR = (-9.0, 2.0)
@@ -41,7 +41,7 @@ def soft_clamp(x: Tensor, low: float, high: float) -> Tensor:
     return low + F.softplus(x - low)
 
 
-class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
+class AuxiliaryModel(Network, ModelMixin, ConfigMixin):
     """The regression model behind P_L = N(mu(z), sigma^2(z)), section 3.1 of the paper.
 
     The encoder merges tokens from level to level until their grid is that of z; levels beyond that stay on
@@ -69,9 +69,6 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
         UserError: sizes that do not fit each other, by name.
     """
 
-    _repeated_blocks = ["Block"]  # noqa: RUF012  what `compile_repeated_blocks` of diffusers reads
-    _supports_gradient_checkpointing = True
-    _keep_in_fp32_modules = ["latent_mean", "latent_std"]  # noqa: RUF012
     latent_mean: Tensor
     latent_std: Tensor
 

@@ -23,10 +23,10 @@ from lediflow.networks.hourglass import (
     patchify,
     token_grid,
 )
-from lediflow.networks.safetensors_only import SafetensorsOnly
+from lediflow.networks.model import Network
 
 
-class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
+class VelocityTransformer(Network, ModelMixin, ConfigMixin):
     """HDiT that predicts a velocity from a point of the path, its time, and optionally z and a class.
 
     Args:
@@ -51,10 +51,6 @@ class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
     Raises:
         UserError: sizes that do not fit each other, by name.
     """
-
-    _repeated_blocks = ["Block"]  # noqa: RUF012  what `compile_repeated_blocks` of diffusers reads
-    _supports_gradient_checkpointing = True
-    _keep_in_fp32_modules = ["time_features"]  # noqa: RUF012  frequencies rounded to bf16 are others
 
     @register_to_config
     def __init__(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lediflow.data.images import to_uint8
 from lediflow.errors import UserError
-from lediflow.networks.safetensors_only import SafetensorsOnly
+from lediflow.networks.model import SafetensorsOnly
 from lediflow.ode import check_solver
 
 

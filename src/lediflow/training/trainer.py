@@ -109,10 +109,7 @@ class _Fit:
         )
         if self.training.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        if self.training.compile == "model":
-            self.network.compile()
-        elif self.training.compile == "blocks":
-            self.network.compile_repeated_blocks()
+        self.network.compile_as(self.training.compile)
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.ema = EMAModel(
             self.network.parameters(), decay=self.settings.ema_decay, use_ema_warmup=True, foreach=True
