@@ -53,7 +53,11 @@ def convert_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         The same tensors by our names. The augmentation embedding at "no augmentation" is a constant, which
         becomes the bias of the time embedding.
     """
-    converted = {_rename(name): tensor for name, tensor in state.items() if name not in FOLDED}
+    converted = {
+        _rename(name): tensor
+        for name, tensor in state.items()
+        if name not in FOLDED and not name.endswith("pos_emb.freqs")  # constants, here a table for each grid
+    }
     converted["time_features.frequencies"] = state["time_emb.weight"][:, 0]
     # Fourier features of nine zeros: every cosine 1, every sine 0
     cosines = state["aug_in_proj.weight"].shape[1] // 2

@@ -35,12 +35,17 @@ class Network(SafetensorsOnly, nn.Module):
     _supports_gradient_checkpointing = True
     _keep_in_fp32_modules = ["time_features", "latent_mean", "latent_std"]  # noqa: RUF012
 
-    def compile_as(self, how: Compile) -> None:
-        """Compile the repeated block or the whole network in place; the names of the weights stay."""
+    def compile_as(self, how: Compile, **options: Any) -> None:
+        """Compile the repeated block or the whole network in place; the names of the weights stay.
+
+        Args:
+            how: "none" leaves the network alone.
+            options: of torch.compile.
+        """
         if how == "model":
-            self.compile()
+            self.compile(**options)
         elif how == "blocks":
-            self.compile_repeated_blocks()
+            self.compile_repeated_blocks(**options)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As torch.nn.Module.to; diffusers' own warns of buffers that `_apply` keeps right."""
