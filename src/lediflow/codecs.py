@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,11 @@ class Codec:
         name: folder (absolute) or Hub id that it came from.
         factor: pixels of a side that become one latent.
         channels: of the latents.
-        hash: of its config and weights, 16 hex digits.
+        in_channels: of the images.
     """
 
     def __init__(self, model: Any, name: str = "") -> None:
-        """Wrap a loaded autoencoder; give it in the precision in which `hash` shall be taken."""
+        """Wrap a loaded autoencoder."""
         config = model.config
         self.model, self.name = model, name
         self.scale = float(config.scaling_factor)
@@ -40,7 +42,6 @@ class Codec:
         widths = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
         self.factor = 2 ** (len(widths) - 1)
         self.in_channels = int(config.in_channels)
-        self.hash = _digest(model)
 
     @classmethod
     def load(cls, name: str | Path, *, device: Any = "cpu", offline: bool = False) -> Codec:
@@ -74,8 +75,15 @@ class Codec:
         except UserError:
             raise
         except Exception as error:  # diffusers, the Hub and safetensors each raise their own kinds
-            raise UserError(f"cannot load the codec {name!r}: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(
+                f"cannot load the codec {name!r}: {str(error).strip().splitlines()[0]}"
+            ) from error
         return cls(model.eval().requires_grad_(False).to(device), name)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of its config and weights, 16 hex digits; take it before the weights change their precision."""
+        return _digest(self.model)
 
     @property
     def has_variance(self) -> bool:
@@ -96,7 +104,7 @@ class Codec:
             return DiagonalGaussian(mean, torch.full_like(mean, -torch.inf))
         posterior = self.model.encode(images).latent_dist
         mean = (posterior.mean.float() - self.shift) * self.scale
-        return DiagonalGaussian(mean, posterior.logvar.float() + 2 * torch.tensor(self.scale).abs().log())
+        return DiagonalGaussian(mean, posterior.logvar.float() + 2 * math.log(abs(self.scale)))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 16) -> Tensor:
@@ -170,7 +178,7 @@ def local_name(name: str) -> str:
 
 
 def _config_of(source: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the autoencoder's config and the options that load it; a pipeline on the Hub keeps it in `vae`."""
+    """Return config and loading options of an autoencoder; a pipeline on the Hub keeps it in `vae`."""
     from diffusers import AutoencoderKL
 
     offline = {"local_files_only": options["local_files_only"]}

@@ -37,6 +37,10 @@ class TrainingData(ABC):
         """The first items, at most `count`, neither flipped nor randomly cropped, (n, C, H, W)."""
 
     @abstractmethod
+    def first_labels(self, count: int) -> Tensor:
+        """The classes of `first`, int64 (n,); zeros without classes."""
+
+    @abstractmethod
     def in_order(self, batch_size: int, *, mirror: bool = False, workers: int = 0) -> Iterator[Tensor]:
         """Go through the readable items once, (B, C, H, W) at a time, each mirrored if `mirror`."""
 

@@ -7,6 +7,7 @@ on white where it is transparent, brought to 8 bits, cropped to a square.
 from __future__ import annotations
 
 import io
+import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,6 +73,21 @@ def short_side(record: Mapping[str, Any] | None) -> int:
     """
     with _opened(record) as picture:
         return min(picture.size)
+
+
+def describe_picture(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Decode a picture whole and return its stored ``bytes`` (how many), ``format``, ``mode`` and ``size``.
+
+    Raises:
+        BrokenImageError: the picture cannot be read.
+    """
+    with _opened(record) as picture:
+        picture.load()
+        data = (record or {}).get("bytes")
+        stored = len(data) if data is not None else os.path.getsize((record or {})["path"])
+        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's orientation: a quarter turn
+        size = picture.size[::-1] if turned else picture.size
+        return {"bytes": stored, "format": picture.format, "mode": picture.mode, "size": size}
 
 
 def read_picture(

@@ -134,7 +134,12 @@ class ImageData(MapData):
     @property
     def broken(self) -> list[BrokenImage]:
         """The broken pictures found so far, in the order of the dataset."""
-        return [self._broken_image(row) for row in torch.nonzero(self._flags == _BROKEN)[:, 0].tolist()]
+        return list(self.broken_rows().values())
+
+    def broken_rows(self) -> dict[int, BrokenImage]:
+        """The broken pictures found so far, by their row in the dataset."""
+        rows = torch.nonzero(self._flags == _BROKEN)[:, 0].tolist()
+        return {row: self._broken_image(row) for row in rows}
 
     @property
     def num_small(self) -> int:
@@ -172,6 +177,10 @@ class ImageData(MapData):
         """The first pictures, at most ``count``, cropped at the centre, float32 (n, C, S, S) in [-1, 1]."""
         return to_float(torch.stack([self[i]["image"] for i in range(min(count, len(self)))]))
 
+    def first_labels(self, count: int) -> Tensor:
+        """The classes of ``first``, int64 (n,)."""
+        return torch.tensor([self[i]["label"] for i in range(min(count, len(self)))])
+
     def in_order(self, batch_size: int, *, mirror: bool = False, workers: int = 0) -> Iterator[Tensor]:
         """Go through the readable pictures once, float32 (B, C, S, S) in [-1, 1] at a time."""
         for images, _ in self.readable(range(len(self)), batch_size, workers):
@@ -186,9 +195,13 @@ class ImageData(MapData):
 
         Yields:
             uint8 (b, C, S, S) and the indices int64 (b,), for every ``batch_size`` rows; b may be smaller.
+
+        Raises:
+            UserError: too many broken pictures.
         """
         parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         for images, index in loaded(self._readable_of, parts, workers if self._images is None else 0):
+            self._refuse_if_hopeless(len(self._flags))
             if len(index):
                 yield images, index
 

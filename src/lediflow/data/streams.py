@@ -74,13 +74,23 @@ class StreamData(TrainingData):
         self.broken: list[BrokenImage] = []
         self.seen = 0
         self._max_broken = max_broken
-        self._first = torch.empty(0)
+        self._first = torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def first(self, count: int) -> Tensor:
         """The first readable pictures, at most ``count``, float32 (n, C, S, S) in [-1, 1]."""
-        if len(self._first) < count:
-            self._first = next(iter(self.in_order(count)), self._first)[:count]
-        return self._first[:count]
+        return self._head(count)[0][:count]
+
+    def first_labels(self, count: int) -> Tensor:
+        """The classes of ``first``, int64 (n,)."""
+        return self._head(count)[1][:count]
+
+    def _head(self, count: int) -> tuple[Tensor, Tensor]:
+        if len(self._first[1]) < count:
+            batch = next(self._parts(count, 0, once=True))["batch"]
+            flipped = batch["flipped"][:, None, None, None]
+            images = torch.where(flipped, batch["image"].flip(-1), batch["image"])
+            self._first = to_float(images), batch["label"]
+        return self._first
 
     def in_order(self, batch_size: int, *, mirror: bool = False, workers: int = 0) -> Iterator[Tensor]:
         """Go through at most `SAMPLE` readable pictures of one epoch, float32 (B, C, S, S) at a time."""
