@@ -13,7 +13,7 @@ Dataset = Annotated[
     str,
     typer.Argument(
         metavar="DATASET",
-        help="A folder of images, Parquet, Arrow or tar files, a Hub dataset owner/name[:config], or 'digits'.",
+        help="Folder of images, Parquet, Arrow or tar files, Hub dataset owner/name[:config], or 'digits'.",
     ),
 ]
 Split = Annotated[str, typer.Option(help="train, validation, or another name that the files use.")]

@@ -206,14 +206,27 @@ def loaded(load: Any, order: Any, workers: int) -> Iterator[Any]:
     if not workers:
         yield from map(load, order)
         return
-    # Its own generator: a DataLoader otherwise draws a number from the global one each time it starts.
-    generator = torch.Generator().manual_seed(0)
-    for result in DataLoader(
-        _Loading(load), sampler=order, batch_size=None, num_workers=workers, generator=generator
-    ):
+    for result in whole_loader(_Loading(load), workers, sampler=order):
         if isinstance(result, Refusal):
             raise UserError(result.message)
         yield result
+
+
+def whole_loader(dataset: Any, workers: int, sampler: Any = None) -> DataLoader:
+    """Return a DataLoader that hands over what the dataset yields, as it is."""
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        # a DataLoader otherwise draws a number from the global generator each time it starts
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 class Refusal:

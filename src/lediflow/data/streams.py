@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from lediflow.data.batches import Refusal, TrainingData, draw, position_key, to_float
+from lediflow.data.batches import Refusal, TrainingData, draw, position_key, to_float, whole_loader
 from lediflow.data.decode import BrokenImage, BrokenImageError, Crop, decode
 from lediflow.data.listing import open_dataset
 from lediflow.errors import UserError
@@ -156,12 +156,7 @@ class StreamData(TrainingData):
                 epoch = 1 + max(place["epoch"] for place in position["places"])
                 places = [{**place, "epoch": epoch} for place in places]
         source = _Source(self, size, seed, 0 if replay else start, rank, ranks, places, once)
-        generator = torch.Generator().manual_seed(0)
-        loader = (
-            DataLoader(source, batch_size=None, num_workers=workers, generator=generator)
-            if workers
-            else source
-        )
+        loader = whole_loader(source, workers) if workers else source
         step = 0 if replay else start
         for part in loader:
             if part is None:
