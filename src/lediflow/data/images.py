@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -297,7 +298,7 @@ class ImageData(MapData):
 
     def _readable_after(self, index: int, crop_key: int | None) -> tuple[int, np.ndarray]:
         """Return the first readable picture at or after ``index``, going round, and its own index."""
-        for row in [*range(index, len(self)), *range(index)]:
+        for row in chain(range(index, len(self)), range(index)):
             if self._flags[row] == _BROKEN:
                 continue
             pixels = self._decode(row, self._rows[row]["image"], crop_key)
