@@ -87,15 +87,13 @@ def test_a_stopped_encoding_goes_on_where_it_was(codec, tiny_latents, tmp_path):
     (folder / "latents.json").unlink()
     (folder / names[0]).unlink()
     (folder / names[1]).write_bytes((folder / names[1]).read_bytes()[:-100])  # a full disk, a lost node
-    (folder / ".latents-00002-of-00003-abc.parquet").write_bytes(b"half")  # a killed process
+    (folder / ".latents-00001-of-00003-abc.parquet").write_bytes(b"half")  # a killed process
     before = (folder / names[2]).stat().st_mtime_ns
     seen = []
     encode("digits", codec, folder, **OPTIONS, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(50, 200), (100, 200), (150, 200), (200, 200)]
     assert (folder / names[2]).stat().st_mtime_ns == before
-    made = contents(folder)
-    made.pop(".latents-00002-of-00003-abc.parquet")
-    assert made == contents(tiny_latents)
+    assert contents(folder) == contents(tiny_latents)
 
 
 def test_another_encoding_in_the_folder_is_refused_by_name(codec, tiny_latents):

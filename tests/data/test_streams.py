@@ -263,6 +263,15 @@ def test_labels_in_words_cannot_be_streamed(tmp_path):
         StreamData(str(tmp_path), image_size=8)
 
 
+def test_numbered_classes_are_those_that_are_said_to_be_there(shards):
+    assert stream(shards).num_classes == 0 and stream(shards, classes=2).class_names == ["0", "1"]
+    data = stream(shards, classes=1)
+    with pytest.warns(UserWarning, match="its label is 1, and there are 1 classes"):
+        batch = next(batches(data, batch_size=20, seed=0, stop=1))
+    assert sorted(levels(batch)) == list(range(0, 40, 2))
+    assert StreamData("digits", image_size=8).num_classes == 10
+
+
 # Ranks of a set with an index
 
 

@@ -27,10 +27,14 @@ class TrainingData(ABC):
         cached: whether item i is always the same save for its mirror, and all items are in memory, so that
             what is computed from them once may be kept.
         flip: whether half of the items are mirrored.
+        class_names: names of the classes, empty without classes.
+        num_classes: how many, 0 without classes.
     """
 
     cached: bool
     flip: bool
+    class_names: list[str]
+    num_classes: int
 
     @abstractmethod
     def first(self, count: int) -> Tensor:

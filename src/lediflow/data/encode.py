@@ -185,6 +185,8 @@ def _encode_shard(
         {**columns, "label": data.labels[kept].tolist(), "row": kept},
         schema=pa.schema(fields, metadata={_META: json.dumps(report)}),
     )
+    for left in path.parent.glob(f".{path.stem}-*"):  # by a process that was killed; a shard has one maker
+        left.unlink()
     with written_whole(path) as unfinished:
         # sixteen random bits do not compress
         pq.write_table(table, unfinished, compression="none", use_dictionary=False, row_group_size=256)

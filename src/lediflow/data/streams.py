@@ -33,7 +33,8 @@ class StreamData(TrainingData):
     """Pictures of one size in the order of a stream; broken ones are passed over.
 
     Attributes:
-        class_names: names of the classes; empty where the stream does not name them.
+        class_names: names of the classes, or their numbers; empty without classes.
+        num_classes: how many.
         broken: the broken pictures met so far.
         seen: how many pictures were met so far.
     """
@@ -51,6 +52,7 @@ class StreamData(TrainingData):
         flip: bool = False,
         max_broken: float = 0.5,
         shuffle_block: int = 1000,
+        classes: int = 0,
     ) -> None:
         """Open DATASET as a stream.
 
@@ -63,6 +65,8 @@ class StreamData(TrainingData):
             flip: mirror half of the pictures left to right.
             max_broken: the largest share of broken pictures to put up with, 0 to 1.
             shuffle_block: how many stored pictures a worker holds and shuffles at a time.
+            classes: how many classes there are where labels are plain numbers, which a stream cannot count;
+                a picture with a label beyond is passed over.
 
         Raises:
             UserError: nothing there, no pictures in it, or no such split.
@@ -70,7 +74,10 @@ class StreamData(TrainingData):
         self.rows: Any = open_dataset(dataset, split, streaming=True)
         self.name, self.image_size, self.channels = dataset, image_size, channels
         self.crop, self.flip, self.shuffle_block = crop, flip, shuffle_block
-        self.class_names = list(getattr(self.rows.features.get("label"), "names", None) or [])
+        label = self.rows.features.get("label")
+        numbers = [str(i) for i in range(classes)] if label is not None else []
+        self.class_names = list(getattr(label, "names", None) or numbers)
+        self.num_classes = len(self.class_names)
         self.broken: list[BrokenImage] = []
         self.seen = 0
         self._max_broken = max_broken
@@ -248,6 +255,8 @@ class _Source(IterableDataset):
         label = row.get("label", 0)
         if label is None or label < 0:
             raise BrokenImageError("its label is missing or negative")
+        if data.num_classes and label >= data.num_classes:
+            raise BrokenImageError(f"its label is {label}, and there are {data.num_classes} classes")
         pixels = decode(
             row["image"], image_size=data.image_size, channels=data.channels, crop=data.crop, key=crop_key
         )

@@ -44,7 +44,7 @@ def open_data(config: Config) -> TrainingData:
         "max_broken": data.max_broken,
     }
     if data.streaming:
-        return StreamData(data.train, shuffle_block=data.shuffle_block, **options)
+        return StreamData(data.train, shuffle_block=data.shuffle_block, classes=data.classes, **options)
     return ImageData(data.train, cache_gb=data.cache_gb, **options)
 
 
