@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from lediflow import ode
@@ -21,13 +22,21 @@ class FlowMatchingPipeline(ImagePipeline):
 
     Args:
         flow: the velocity network, without z.
+        vae: codec of the latents, where the flow carries latents; None loads it when it is needed.
+        latent_space: a `LatentSpace` as a dict; None for a flow of pixels.
     """
 
-    model_cpu_offload_seq = "flow"
+    model_cpu_offload_seq = "flow->vae"
 
-    def __init__(self, flow: VelocityTransformer):
+    def __init__(
+        self,
+        flow: VelocityTransformer,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        latent_space: dict[str, Any] | None = None,
+    ):
         super().__init__()
-        self.register_modules(flow=flow)
+        self.register_modules(flow=flow, vae=vae)
+        self.register_to_config(latent_space=latent_space)
 
     def __call__(
         self,
@@ -39,15 +48,15 @@ class FlowMatchingPipeline(ImagePipeline):
         first_image: int = 0,
         batch_size: int = 64,
         dtype: torch.dtype | None = None,
-        output_type: Literal["pil", "pt"] = "pil",
+        output_type: Literal["pil", "pt", "latent"] = "pil",
     ) -> PipelineOutput:
         """Make images; arguments as in `LeDiFlowPipeline`, without a latent sampler.
 
         Returns:
-            A `PipelineOutput`; its nfe has the key flow.
+            A `PipelineOutput`; its nfe has the key flow, and codec for decoded latents.
 
         Raises:
-            UserError: unknown solver, or steps, num_images or batch_size below 1.
+            UserError: unknown solver, steps, num_images or batch_size below 1, or no codec for the latents.
         """
         return self._request(
             num_images,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from lediflow import ode
@@ -23,13 +24,23 @@ class LeDiFlowPipeline(ImagePipeline):
         auxiliary: theta_E and theta_D.
         flow: theta_FM.
         sampler: theta_L.
+        vae: codec of the latents, where the flow carries latents; None loads it when it is needed.
+        latent_space: a `LatentSpace` as a dict; None for a flow of pixels.
     """
 
-    model_cpu_offload_seq = "sampler->auxiliary->flow"
+    model_cpu_offload_seq = "sampler->auxiliary->flow->vae"
 
-    def __init__(self, auxiliary: AuxiliaryModel, flow: VelocityTransformer, sampler: VelocityTransformer):
+    def __init__(
+        self,
+        auxiliary: AuxiliaryModel,
+        flow: VelocityTransformer,
+        sampler: VelocityTransformer,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        latent_space: dict[str, Any] | None = None,
+    ):
         super().__init__()
-        self.register_modules(auxiliary=auxiliary, flow=flow, sampler=sampler)
+        self.register_modules(auxiliary=auxiliary, flow=flow, sampler=sampler, vae=vae)
+        self.register_to_config(latent_space=latent_space)
 
     def __call__(
         self,
@@ -43,7 +54,7 @@ class LeDiFlowPipeline(ImagePipeline):
         first_image: int = 0,
         batch_size: int = 64,
         dtype: torch.dtype | None = None,
-        output_type: Literal["pil", "pt"] = "pil",
+        output_type: Literal["pil", "pt", "latent"] = "pil",
     ) -> PipelineOutput:
         """Make images.
 
@@ -57,13 +68,14 @@ class LeDiFlowPipeline(ImagePipeline):
             first_image: index i of the first image, to go on with an earlier request.
             batch_size: images at a time.
             dtype: autocast to torch.bfloat16 or torch.float16; None computes as the weights are.
-            output_type: "pil", or "pt" for a tensor (N, C, H, W) in [-1, 1].
+            output_type: "pil", or "pt" for a tensor (N, C, H, W) in [-1, 1], or "latent" for the codec's
+                latents in its own units.
 
         Returns:
-            A `PipelineOutput`; its nfe has the keys sampler, decoder and flow.
+            A `PipelineOutput`; its nfe has the keys sampler, decoder and flow, and codec for decoded latents.
 
         Raises:
-            UserError: unknown solver, or steps, num_images or batch_size below 1.
+            UserError: unknown solver, steps, num_images or batch_size below 1, or no codec for the latents.
         """
         ode.check_solver(latent_solver or solver, latent_steps)
         return self._request(

@@ -2,6 +2,8 @@
 
 RUN/config.yaml             every setting, as resolved
 RUN/<stage>/                checkpoints/step-N/, metrics.jsonl, previews/
+RUN/latent_space.json       codec and scale of the latents, where it trains on latents
+RUN/broken-images.txt       the images that were left out, and why
 RUN/logs/                   TensorBoard
 RUN/pipeline/               what LeDiFlowPipeline.from_pretrained loads
 RUN/baseline/pipeline/      what FlowMatchingPipeline.from_pretrained loads
@@ -16,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from lediflow.data.images import ImageData
 from lediflow.errors import UserError, nearest
 from lediflow.files import write_folder, write_text
 from lediflow.networks.auxiliary import AuxiliaryModel
@@ -24,6 +25,14 @@ from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.training import checkpoint
 from lediflow.training.config import STAGES, Config, StageName, differences, load_config
+from lediflow.training.inputs import (
+    describe,
+    keep_latent_space,
+    latent_space,
+    open_data,
+    refuse_other_latents,
+    report_broken,
+)
 from lediflow.training.stages import BUILDERS, Latents, build_stage
 from lediflow.training.trainer import check_device, fit, make_accelerator
 
@@ -51,22 +60,15 @@ def train(
     """
     run, chosen = Path(output), _in_order(stages)
     check_networks(config)
-    if config.data.train is None:
-        raise UserError("no dataset: give --data FOLDER (or a Parquet file), or set data.train")
     check_device(device)
     _refuse_another_run(run, config, chosen, resume)
-    data = ImageData(
-        config.data.train,
-        image_size=config.data.image_size,
-        channels=config.data.channels,
-        crop=config.data.crop,
-        flip=config.data.flip,
-        max_broken=config.data.max_broken,
-        cache_gb=config.data.cache_gb,
-    )
+    data = open_data(config)
+    if resume:
+        refuse_other_latents(run, data)
     _claim(run, config, chosen, resume)
+    keep_latent_space(run, data)
     accelerator = make_accelerator(config, device, run / "logs")
-    _say(f"{len(data)} images of {config.data.image_size} px from {config.data.train}; run folder {run}")
+    _say(f"{describe(data, config)}; run folder {run}")
     latents: Latents | None = None  # of the auxiliary stage, which comes first; flow and sampler share them
     for name in chosen:
         state = {}
@@ -78,6 +80,7 @@ def train(
         stage = build_stage(name, config, data, accelerator.device, latents)
         last = fit(stage, run / name, accelerator, state=state, resume=resume)
         _say(f"{name}: done, {last}")
+        report_broken(run, data)
         write_pipelines(run, config)
     accelerator.end_training()
     return run
@@ -132,10 +135,13 @@ def write_pipelines(run: Path, config: Config) -> None:
             auxiliary=auxiliary,
             flow=load_network(run, "flow", config),
             sampler=load_network(run, "sampler", config),
+            latent_space=latent_space(run),
         )
         write_folder(run / "pipeline", lambda folder: pipeline.save_pretrained(folder))
     if "baseline" in trained:
-        baseline = FlowMatchingPipeline(flow=load_network(run, "baseline", config))
+        baseline = FlowMatchingPipeline(
+            flow=load_network(run, "baseline", config), latent_space=latent_space(run)
+        )
         write_folder(run / "baseline" / "pipeline", lambda folder: baseline.save_pretrained(folder))
     write_text(run / "README.md", _model_card(run, config))
 

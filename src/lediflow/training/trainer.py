@@ -227,7 +227,7 @@ class _Fit:
 
     def _preview(self, step: int) -> None:
         with self._averaged_weights(), torch.no_grad(), self.accelerator.autocast():
-            rows = self.stage.preview()
+            rows = [self.stage.data.show(row) for row in self.stage.preview()]
         scale = max(1, 64 // rows[0].shape[-1])
         with written_whole(self.folder / "previews" / f"step-{step:06d}.png") as path:
             image_grid(rows, scale=scale).save(path)
