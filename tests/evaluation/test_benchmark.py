@@ -7,9 +7,10 @@ import torch
 from typer.testing import CliRunner
 
 from lediflow.cli.app import app
+from lediflow.codecs import Codec
 from lediflow.errors import UserError
 from lediflow.evaluation import benchmark as b
-from tests.conftest import TINY
+from tests.conftest import TINY, tiny_codec_settings
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,18 @@ def test_a_trained_model_is_timed_beside_an_equal_network_without_z(tiny_run):
     baseline = b.baseline_of(pipeline)
     assert baseline.flow.config.widths == pipeline.flow.config.widths
     assert baseline.flow.config.latent_channels == 0
+
+
+def test_a_codec_is_timed_as_a_network_and_left_out_of_the_rows(tiny_codec):
+    pipeline = b.pipeline_of("digits", tiny_codec_settings(tiny_codec, "unused"))
+    codec = Codec.load(tiny_codec)
+    report = b.benchmark(
+        pipeline, codec=codec, device=torch.device("cpu"), batch_size=1, repeats=1, training=False
+    )
+    assert report["networks"]["codec"]["gflop"] > 0
+    assert report["networks"]["codec"]["parameters"] == sum(p.numel() for p in codec.model.parameters())
+    assert all("codec" not in row["nfe"] for row in report["sampling"])
+    assert "training" not in report
 
 
 def test_mistakes(tiny_run):

@@ -26,6 +26,12 @@ def benchmark(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="In that training step.")
     ] = False,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="Also time this autoencoder (folder or Hub id) on the latents.", show_default=False
+        ),
+    ] = None,
     settings: Set = None,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -45,6 +51,7 @@ def benchmark(
     """
     import os
 
+    from lediflow.codecs import Codec
     from lediflow.errors import UserError, nearest
     from lediflow.evaluation.benchmark import DTYPES, pipeline_of
     from lediflow.evaluation.benchmark import benchmark as run_benchmark
@@ -72,6 +79,7 @@ def benchmark(
         **run_benchmark(
             pipeline_of(model, settings),
             device=where,
+            codec=Codec.load(codec) if codec else None,
             dtype=dtype,
             batch_size=batch_size,
             repeats=repeats,

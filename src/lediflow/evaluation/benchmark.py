@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lediflow.codecs import Codec
 from lediflow.evaluation.flops import count_flops, matmul_rate, velocity_flops
 from lediflow.evaluation.latency import compare
 from lediflow.flow import matching_loss, phi
 from lediflow.networks.attention import best_backend, forced_backend
 from lediflow.networks.hourglass import pair
-from lediflow.networks.model import Compile
+from lediflow.networks.model import Compile, Network
 from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.base import load_pipeline
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
@@ -37,6 +38,7 @@ def benchmark(
     pipeline: LeDiFlowPipeline,
     *,
     device: torch.device,
+    codec: Codec | None = None,
     dtype: str = "bf16",
     batch_size: int = 8,
     repeats: int = 3,
@@ -49,6 +51,7 @@ def benchmark(
     Args:
         pipeline: the three networks, trained or not.
         device: where to run.
+        codec: timed too, as a network of its own; the rows of sampling leave it out.
         dtype: "fp32", "bf16" or "fp16": dtype of the weights in sampling, of autocast in training.
         batch_size: images at a time.
         repeats: timed repetitions, after one that is not timed; the median counts.
@@ -82,11 +85,12 @@ def benchmark(
     for model in models.values():
         model.set_progress_bar_config(disable=True)
         for network in model.components.values():
-            network.compile_as(compile)
-    parts = _parts(pipeline, batch_size, device, kind)
+            if isinstance(network, Network):
+                network.compile_as(compile)
+    parts = _parts(pipeline, codec, batch_size, device, kind)
     times = compare(parts, images=batch_size, repeats=repeats, device=device)
     report["networks"] = {
-        name: _network_facts(name, pipeline, parts[name], times[name].ms_per_image, batch_size, rate)
+        name: _network_facts(name, pipeline, codec, parts[name], times[name].ms_per_image, batch_size, rate)
         for name in parts
     }
     per_evaluation = {name: facts["ms_per_image"] for name, facts in report["networks"].items()}
@@ -131,7 +135,8 @@ def pipeline_of(model: str, overrides: list[str] | None = None) -> LeDiFlowPipel
 def baseline_of(pipeline: LeDiFlowPipeline) -> FlowMatchingPipeline:
     """Return plain flow matching with the flow's network without z, untrained."""
     config = {k: v for k, v in pipeline.flow.config.items() if not k.startswith("_")}
-    return FlowMatchingPipeline(flow=VelocityTransformer(**config | {"latent_channels": 0}).eval())
+    flow = VelocityTransformer(**config | {"latent_channels": 0}).eval()
+    return FlowMatchingPipeline(flow=flow, latent_space=pipeline.config.latent_space)
 
 
 def attention_backends(network: VelocityTransformer, device: torch.device) -> dict[str, str]:
@@ -164,7 +169,7 @@ def _inputs(network: VelocityTransformer, batch: int, device: torch.device, dtyp
 
 
 def _parts(
-    pipeline: LeDiFlowPipeline, batch: int, device: torch.device, dtype: torch.dtype
+    pipeline: LeDiFlowPipeline, codec: Codec | None, batch: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], Any]]:
     """One evaluation of each network, by name."""
     flow_inputs = _inputs(pipeline.flow, batch, device, dtype)
@@ -174,18 +179,29 @@ def _parts(
     def quiet(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
         return lambda: torch.no_grad()(fn)(*args)
 
-    return {
+    parts = {
         "sampler": quiet(pipeline.sampler, *sampler_inputs),
         "decoder": quiet(pipeline.auxiliary.decode, z),
         "flow": quiet(pipeline.flow, *flow_inputs),
     }
+    if codec is not None:
+        codec.model.to(device, dtype)
+        parts["codec"] = quiet(codec.decode, flow_inputs[0])
+    return parts
 
 
 def _network_facts(
-    name: str, pipeline: LeDiFlowPipeline, part: Callable[[], Any], ms: float, batch: int, rate: float
+    name: str,
+    pipeline: LeDiFlowPipeline,
+    codec: Codec | None,
+    part: Callable[[], Any],
+    ms: float,
+    batch: int,
+    rate: float,
 ) -> dict[str, Any]:
-    network = pipeline.auxiliary if name == "decoder" else getattr(pipeline, name)
-    flops = count_flops(part) / batch if name == "decoder" else velocity_flops(network)
+    decoders = {"decoder": pipeline.auxiliary, "codec": codec.model if codec else None}
+    network = decoders.get(name) or getattr(pipeline, name)
+    flops = count_flops(part) / batch if name in decoders else velocity_flops(network)
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
         "gflop": round(flops / 1e9, 3),
@@ -207,7 +223,8 @@ def _sampling(
     calls, evaluations = {}, {}
 
     def call(key: str, model: str, options: dict[str, Any]) -> None:
-        out = models[model](batch, batch_size=batch, output_type="pt", **options)
+        kind = "latent" if models[model].config.latent_space else "pt"
+        out = models[model](batch, batch_size=batch, output_type=kind, **options)
         evaluations[key] = out.nfe
 
     for model, options in rows:
