@@ -54,3 +54,49 @@ def tiny_run(tmp_path_factory):
     from lediflow.training.run import train
 
     return train(load_config("digits", TINY), tmp_path_factory.mktemp("runs") / "tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_codec(tmp_path_factory):
+    """A pipeline folder with a random AutoencoderKL in `vae`: factor 2, 4 channels, a scale and a shift."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+            scaling_factor=0.7,
+            shift_factor=0.1,
+        )
+    folder = tmp_path_factory.mktemp("codecs") / "tiny"
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_latents(tiny_codec, tmp_path_factory):
+    """The held-out digits at 16 px as latents, in three shards."""
+    from lediflow.codecs import Codec
+    from lediflow.data.encode import encode
+
+    folder = tmp_path_factory.mktemp("latents") / "digits"
+    codec = Codec.load(tiny_codec)
+    encode("digits", codec, folder, image_size=16, split="validation", shard_size=100, batch_size=50)
+    return folder
+
+
+def tiny_codec_settings(codec, latents):
+    """Settings of the smallest digits run in latents."""
+    return [
+        *TINY,
+        f"codec={{model: {codec}, factor: 2, channels: 4}}",
+        f"data.train={str(latents)!r}",
+        "data.image_size=16",
+        "data.channels=3",
+        "data.flip=true",
+    ]

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import TINY
+from conftest import TINY, tiny_codec_settings
 from PIL import Image
 
 
@@ -49,13 +49,13 @@ def test_help_is_quick_because_imports_are_lazy():
     result = subprocess.run([sys.executable, "-m", "lediflow", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert time.perf_counter() - began < 10  # a net for gross mistakes; benchmarks/ measures
-    for command in ("train", "sample", "demo", "presets"):
+    for command in ("train", "sample", "demo", "presets", "encode", "data"):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "demo", "presets"])
+@pytest.mark.parametrize("command", ["train", "sample", "demo", "presets", "encode", "data inspect"])
 def test_every_command_teaches_with_an_example(lediflow, command):
-    result = lediflow(command, "--help")
+    result = lediflow(*command.split(), "--help")
     assert result.returncode == 0
     assert f"lediflow {command}" in result.stdout
     assert "Example" in result.stdout
@@ -130,6 +130,50 @@ def test_bad_requests_to_train(lediflow, tiny_run, tmp_path):
     )
     refused(lediflow("train", "digits", *sets("flow.widht=[8]")), "did you mean 'flow.widths'")
     refused(lediflow("train", "digits", "--output", tiny_run), "holds a run of another config", "flow.widths")
+
+
+def test_inspect_a_folder(lediflow, tmp_path):
+    for name in ("cat/0.png", "cat/1.png", "dog/0.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), "red").save(tmp_path / "set" / name)
+    (tmp_path / "set" / "dog" / "bad.png").write_bytes(b"no picture")
+    result = lediflow("data", "inspect", tmp_path / "set", "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    for part in ("3 readable of 4", "20x16 3", "cat 2, dog 1", "bad.png: not a picture", "contact-sheet.png"):
+        assert part in result.stdout
+    assert Image.open(tmp_path / "out" / "contact-sheet.png").width > 200
+    report = json.loads(lediflow("data", "inspect", tmp_path / "set", "--json").stdout)
+    assert report["classes"] == {"cat": 2, "dog": 1} and report["images"] == 4
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    refused(lediflow("data", "inspect", tmp_path / "nowhere"), "no file or folder")
+
+
+def test_encode_with_two_processes_then_train_and_sample(lediflow, tiny_codec, tiny_latents, tmp_path):
+    options = ["--codec", tiny_codec, "--image-size", 16, "--split", "validation", "--shard-size", 100]
+    options += ["--batch-size", 50, "--device", "cpu"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "lediflow", "encode"]
+    command = [sys.executable, *launch, "digits", *options, "--output", tmp_path / "latents"]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "297 images as latents of 4x8x8" in result.stdout
+    assert f"next: lediflow train PRESET --data {tmp_path / 'latents'}" in result.stdout
+    for path in tiny_latents.iterdir():
+        assert (tmp_path / "latents" / path.name).read_bytes() == path.read_bytes(), path.name
+
+    settings = tiny_codec_settings(tiny_codec, tiny_latents)
+    files = ("--data", tmp_path / "latents", "--output", tmp_path / "run")
+    result = lediflow("train", "digits", *files, "--device", "cpu", *sets(*settings))
+    assert result.returncode == 0, result.stderr
+    assert "297 latents of 4x8x8 (16 px)" in result.stderr
+    result = lediflow("sample", tmp_path / "run", "-n", 2, "--output", tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["nfe"] == {"sampler": 8, "decoder": 1, "flow": 4, "codec": 1}
+    assert Image.open(tmp_path / "out" / "000001.png").size == (16, 16)
+    refused(lediflow("sample", tmp_path / "run", "--codec", tmp_path), "cannot load the codec")
+    refused(
+        lediflow("encode", "digits", *options, "--output", tmp_path / "latents", "--dtype", "bf16"),
+        "fp16 there",
+    )
+    refused(lediflow("encode", "digits", "--codec", tmp_path / "no", "--output", tmp_path / "x"), "no codec")
 
 
 def test_demo_end_to_end_with_few_steps(lediflow, tmp_path):

@@ -482,8 +482,8 @@ def test_every_epoch_is_a_fresh_permutation_and_batches_run_over_its_end():
     assert [len(batch) for batch in StepSampler(3, 8, 0, 0, 2)] == [8, 8]
     assert len(StepSampler(3, 8, 0, 5, 9)) == 4
     assert StepSampler(10, 4, -1, 0, 1).batch(0) != StepSampler(10, 4, 3, 0, 1).batch(0)
-    with pytest.raises(UserError, match="batch_size"):
-        StepSampler(10, 0, 0, 0, 1)
+    with pytest.raises(UserError, match="empty"):
+        StepSampler(0, 4, 0, 0, 1)
 
 
 def test_any_step_is_reached_directly():

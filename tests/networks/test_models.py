@@ -1,5 +1,7 @@
 """VelocityTransformer and AuxiliaryModel: conditions, shapes, precision, saving, overfitting one image."""
 
+import copy
+
 import pytest
 import torch
 
@@ -159,11 +161,105 @@ def test_models_come_back_from_disk_as_they_were(tmp_path):
     assert (loaded.latent_std == 2).all()
 
 
-def test_compiled_without_graph_breaks():
-    net = randomized(VelocityTransformer(8, 3, 2, latent_channels=2, latent_size=2, **SMALL))
+@pytest.mark.parametrize("backend", ["dense", "tiles", "flex"])
+def test_compiled_without_graph_breaks(monkeypatch, backend):
+    monkeypatch.setenv("LEDIFLOW_ATTENTION", backend)
+    torch._dynamo.reset()
+    net = randomized(VelocityTransformer(8, 3, 1, latent_channels=2, latent_size=2, **SMALL))
     x, t, z = torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 2, 2, 2)
-    explanation = torch._dynamo.explain(net)(x, t, z)
+    with torch.no_grad():
+        explanation = torch._dynamo.explain(net)(x, t, z)
     assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+@pytest.mark.parametrize("how", ["model", "blocks"])
+def test_compiled_networks_agree_at_any_batch_size_and_are_not_compiled_for_each(how):
+    torch._dynamo.reset()
+    net = randomized(VelocityTransformer(16, 3, 2, latent_channels=2, latent_size=2, **SMALL))
+    compiled = copy.deepcopy(net)
+    compiled.compile_as(how, backend="aot_eager")
+    counters = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for batch in (2, 3, 5, 8, 4):
+        x, t, z = torch.randn(batch, 3, 16, 16), torch.rand(batch), torch.randn(batch, 2, 2, 2)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, t, z), net(x, t, z), rtol=1e-4, atol=1e-4)
+        graphs.append(counters["unique_graphs"])
+    assert graphs[-1] == graphs[1], "the second batch size made the batch dynamic"
+    assert compiled.state_dict().keys() == net.state_dict().keys()
+
+
+def test_compiled_to_machine_code_gives_the_same():
+    net = randomized(VelocityTransformer(8, 3, 2, (16,), (1,), d_head=8, mapping_width=16))
+    compiled = copy.deepcopy(net)
+    compiled.compile_as("model")
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, t), net(x, t), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["velocity", "auxiliary"])
+def test_gradient_checkpointing_changes_nothing_but_memory(kind):
+    if kind == "velocity":
+        plain = randomized(VelocityTransformer(8, 3, 2, **SMALL))
+        arguments = torch.randn(2, 3, 8, 8), torch.rand(2)
+    else:
+        plain = randomized(AuxiliaryModel(8, 3, mapping_width=16, **AUX))
+        arguments = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 2, 2)
+    saved = copy.deepcopy(plain)
+    saved.enable_gradient_checkpointing()
+    kept = []
+    for net in (plain, saved):
+        stored = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, stored=stored: stored.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t
+        ):
+            out = net(*arguments)
+        out = out if kind == "velocity" else out[1].mean + out[1].log_var
+        out.square().mean().backward()
+        kept.append(sum(stored.values()))
+    assert kept[1] < 0.5 * kept[0]
+    for a, b in zip(plain.parameters(), saved.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_bf16_weights_compute_close_to_fp32_and_keep_their_buffers():
+    exact = randomized(VelocityTransformer(8, 3, 2, latent_channels=2, latent_size=2, **SMALL), scale=0.1)
+    rounded = copy.deepcopy(exact).to(torch.bfloat16)
+    assert rounded.time_features.frequencies.dtype == torch.float32
+    assert torch.equal(rounded.time_features.frequencies, exact.time_features.frequencies)
+    x, t, z = torch.randn(4, 3, 8, 8), torch.rand(4), torch.randn(4, 2, 2, 2)
+    with torch.no_grad():
+        a, b = exact(x, t, z), rounded(x, t, z)
+    assert b.dtype == torch.float32
+    assert (a - b).norm() < 0.03 * a.norm()
+
+    exact = randomized(AuxiliaryModel(8, 3, mapping_width=16, mapping_depth=1, **AUX), scale=0.1)
+    exact.latent_std.fill_(1.2345678)
+    rounded = copy.deepcopy(exact).to(torch.bfloat16)
+    assert torch.equal(rounded.latent_std, exact.latent_std)
+    with torch.no_grad():
+        a, b = exact.decode(exact.encode(x).mean).mean, rounded.decode(rounded.encode(x).mean).mean
+    assert (a - b).norm() < 0.05 * a.norm()
+
+
+def test_loaded_in_bf16(tmp_path):
+    net = randomized(VelocityTransformer(8, 3, 2, **SMALL))
+    net.save_pretrained(tmp_path)
+    loaded = VelocityTransformer.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.patch_in.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.time_features.frequencies, net.time_features.frequencies)
+
+
+def test_z_scales_the_norms_of_the_decoder():
+    net = randomized(AuxiliaryModel(8, 3, mapping_width=16, mapping_depth=1, **AUX))
+    assert net.decoder[0][0].attention_norm.adaptive
+    assert not net.encoder[0][0].attention_norm.adaptive
+    z = torch.randn(2, 4, 2, 2)
+    before = net.decode(z).mean
+    with torch.no_grad():
+        net.mapping_in.weight.neg_()
+    assert (net.decode(z).mean - before).abs().max() > 1e-4
 
 
 def test_overfitting_one_image_gives_a_tight_prior_and_a_one_step_reconstruction():

@@ -40,6 +40,13 @@ def sample(
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")] = 0,
     first_image: Annotated[int, typer.Option(help="Index of the first image, to go on with a request.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub id of the codec, if it is not where it was when the latents were made.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -70,6 +77,8 @@ def sample(
     where = check_device(device)
     processes = PartialState(cpu=where.type == "cpu")
     pipeline = load_pipeline(model).to(where if processes.num_processes == 1 else processes.device)
+    if codec is not None:
+        pipeline.load_codec(codec)
     pipeline.set_progress_bar_config(disable=processes.num_processes > 1)
     options = _options(
         pipeline, model, steps=steps, latent_steps=latent_steps, latent_guidance=latent_guidance

@@ -16,7 +16,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images: a folder, a Parquet file or glob, or 'digits'. Same as --set data.train=..."
+            help="Images: a folder, Parquet, Arrow or tar files, a Hub dataset, or 'digits'; for a config "
+            "with a codec the folder that `lediflow encode` wrote. Same as --set data.train=..."
         ),
     ] = None,
     output: Annotated[

@@ -1,33 +1,30 @@
-"""Pictures -> batches: a folder, Parquet or Arrow files, or the embedded handwritten digits.
-
-``ImageData`` holds or decodes the pictures, ``batches`` serves them in an order that depends on the seed
-and the step alone, so that a run can go on from any step.
-"""
+"""Pictures with an index: held in memory or decoded when asked for, the broken ones left out."""
 
 from __future__ import annotations
 
 import os
-import random
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
-from torch.utils.data import Dataset as TorchDataset
+from torch import Tensor
+from torch.utils.data import default_collate
 
+from lediflow.data.batches import MapData, StepSampler, batches, draw, loaded, to_float, to_uint8
 from lediflow.data.decode import (
     BrokenImage,
     BrokenImageError,
     Crop,
     decode,
     fit_square,
-    open_dataset,
     read_picture,
     short_side,
 )
+from lediflow.data.listing import open_dataset
 from lediflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +45,7 @@ __all__ = [
 _BROKEN, _SMALL = 1, 2
 
 
-class ImageData(TorchDataset):
+class ImageData(MapData):
     """Pictures of one size, as uint8, with their labels.
 
     Where ``crop="center"`` and the whole set fits in ``cache_gb``, all of it is decoded here and now, the
@@ -110,19 +107,15 @@ class ImageData(TorchDataset):
         self.num_classes = len(self.class_names)
         # Shared memory, so that what a loading process finds is known in all of them.
         self._flags = torch.zeros(len(self._rows), dtype=torch.uint8).share_memory_()
-        self._images: torch.Tensor | None = None
+        self._images: Tensor | None = None
         if crop == "center" and len(self._rows) * channels * image_size**2 <= cache_gb * 1e9:
             self._decode_all()
         else:
             self._look_at_some()
+        self.cached = self._images is not None
 
     @property
-    def cached(self) -> bool:
-        """Whether the whole set is held in memory."""
-        return self._images is not None
-
-    @property
-    def images(self) -> torch.Tensor:
+    def images(self) -> Tensor:
         """The whole set, uint8 (N, C, S, S).
 
         Raises:
@@ -135,14 +128,19 @@ class ImageData(TorchDataset):
         return self._images
 
     @property
-    def labels(self) -> torch.Tensor:
+    def labels(self) -> Tensor:
         """The class of every picture, int64 (N,); zeros without classes."""
         return self._labels
 
     @property
     def broken(self) -> list[BrokenImage]:
         """The broken pictures found so far, in the order of the dataset."""
-        return [self._broken_image(row) for row in torch.nonzero(self._flags == _BROKEN)[:, 0].tolist()]
+        return list(self.broken_rows().values())
+
+    def broken_rows(self) -> dict[int, BrokenImage]:
+        """The broken pictures found so far, by their row in the dataset."""
+        rows = torch.nonzero(self._flags == _BROKEN)[:, 0].tolist()
+        return {row: self._broken_image(row) for row in rows}
 
     @property
     def num_small(self) -> int:
@@ -157,14 +155,64 @@ class ImageData(TorchDataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
         index %= len(self)
-        flipped, crop_key = (False, None) if key is None else _draw(key, self.flip)
+        flipped, crop_key = (False, None) if key is None else draw(key, self.flip)
         if self._images is not None:
             image = self._images[index]
         else:
-            index, pixels = self._readable(index, crop_key)
+            index, pixels = self._readable_after(index, crop_key)
             image = torch.from_numpy(pixels)
         image = image.flip(-1) if flipped else image.clone()
         return {"image": image, "label": int(self._labels[index]), "index": index, "flipped": flipped}
+
+    def batch(self, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """Return the pictures of (index, key) pairs, uint8 (B, C, S, S), with label, index and flipped."""
+        if self._images is None:
+            return default_collate([self[pair] for pair in pairs])
+        index = torch.tensor([index for index, _ in pairs])
+        flipped = torch.tensor([draw(key, self.flip)[0] for _, key in pairs])
+        images = self._images.index_select(0, index)
+        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return {"image": images, "label": self._labels[index], "index": index, "flipped": flipped}
+
+    def first(self, count: int) -> Tensor:
+        """The first pictures, at most ``count``, cropped at the centre, float32 (n, C, S, S) in [-1, 1]."""
+        return to_float(torch.stack([self[i]["image"] for i in range(min(count, len(self)))]))
+
+    def first_labels(self, count: int) -> Tensor:
+        """The classes of ``first``, int64 (n,)."""
+        return torch.tensor([self[i]["label"] for i in range(min(count, len(self)))])
+
+    def in_order(self, batch_size: int, *, mirror: bool = False, workers: int = 0) -> Iterator[Tensor]:
+        """Go through the readable pictures once, float32 (B, C, S, S) in [-1, 1] at a time."""
+        for images, _ in self.readable(range(len(self)), batch_size, workers):
+            yield to_float(images.flip(-1) if mirror else images)
+
+    def show(self, items: Tensor) -> Tensor:
+        """Pictures are visible as they are."""
+        return items
+
+    def readable(self, rows: range, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Decode some rows, cropped at the centre; broken pictures are left out.
+
+        Yields:
+            uint8 (b, C, S, S) and the indices int64 (b,), for every ``batch_size`` rows; b may be smaller.
+
+        Raises:
+            UserError: too many broken pictures.
+        """
+        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        for images, index in loaded(self._readable_of, parts, workers if self._images is None else 0):
+            self._refuse_if_hopeless(len(self._flags))
+            if len(index):
+                yield images, index
+
+    def _readable_of(self, rows: range) -> tuple[Tensor, Tensor]:
+        if self._images is not None:
+            return self._images[rows.start : rows.stop], torch.arange(rows.start, rows.stop)
+        records = self._rows[rows.start : rows.stop]["image"]
+        decoded = {row: self._decode(row, record) for row, record in zip(rows, records, strict=True)}
+        good = {row: torch.from_numpy(pixels) for row, pixels in decoded.items() if pixels is not None}
+        return torch.stack(list(good.values())) if good else torch.empty(0), torch.tensor(list(good))
 
     def _decode(self, row: int, record: Any, crop_key: int | None = None) -> np.ndarray | None:
         """Decode one row to uint8 (C, S, S) and flag it; None if it is broken."""
@@ -248,9 +296,9 @@ class ImageData(TorchDataset):
             return BrokenImage(name, str(error))
         return BrokenImage(name, "could not be read at first")
 
-    def _readable(self, index: int, crop_key: int | None) -> tuple[int, np.ndarray]:
+    def _readable_after(self, index: int, crop_key: int | None) -> tuple[int, np.ndarray]:
         """Return the first readable picture at or after ``index``, going round, and its own index."""
-        for row in [*range(index, len(self)), *range(index)]:
+        for row in chain(range(index, len(self)), range(index)):
             if self._flags[row] == _BROKEN:
                 continue
             pixels = self._decode(row, self._rows[row]["image"], crop_key)
@@ -265,7 +313,7 @@ class ImageData(TorchDataset):
         raise UserError(f"none of the {len(self):,} images in {self._name!r} can be read")
 
 
-def _labels_of(rows: datasets.Dataset, dataset: str) -> tuple[torch.Tensor, list[str]]:
+def _labels_of(rows: datasets.Dataset, dataset: str) -> tuple[Tensor, list[str]]:
     if "label" not in rows.column_names:
         return torch.zeros(len(rows), dtype=torch.int64), []
     labels = rows["label"][:]
@@ -273,138 +321,3 @@ def _labels_of(rows: datasets.Dataset, dataset: str) -> tuple[torch.Tensor, list
         raise UserError(f"some labels in {dataset!r} are missing or negative; remove those rows")
     names = getattr(rows.features["label"], "names", None)
     return torch.tensor(labels, dtype=torch.int64), names or [str(i) for i in range(max(labels) + 1)]
-
-
-def _draw(key: int, flip: bool) -> tuple[bool, int]:
-    """Return whether to flip, and a key for the crop that is independent of it."""
-    generator = random.Random(key)
-    return generator.random() < 0.5 and flip, generator.getrandbits(64)
-
-
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches that depend on the seed and the step alone: a ``batch_sampler`` for a DataLoader.
-
-    Yields, for every step from ``start`` to ``stop - 1``, a list of ``batch_size`` pairs (index, key).
-    Every epoch is a fresh permutation. Batches run on over the end of an epoch, so all are full, even
-    where ``batch_size`` exceeds ``length``.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Set the order.
-
-        Args:
-            length: number of pictures.
-            batch_size: pairs in a batch.
-            seed: any integer.
-            start: first step.
-            stop: the step after the last.
-            rank: which process this is.
-            world_size: how many processes share a batch; each iterates over its equal slice.
-
-        Raises:
-            UserError: a length or batch size under 1, a negative start, or a batch that cannot be cut into
-                equal slices.
-        """
-        if length < 1 or batch_size < 1 or start < 0:
-            raise UserError(
-                f"length {length} and batch_size {batch_size} must be 1 or more, and start {start} 0 or more"
-            )
-        if batch_size % world_size:
-            raise UserError(f"batch_size {batch_size} is not divisible by the {world_size} processes")
-        self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
-        share = batch_size // world_size
-        self._slice = slice(rank * share, (rank + 1) * share)
-        self._seed = seed % 2**64
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.stop):
-            yield self.batch(step)[self._slice]
-
-    def batch(self, step: int) -> list[tuple[int, int]]:
-        """Return the (index, key) pairs of all of any one step, without going through those before it."""
-        first = step * self.batch_size
-        return [self._pair(position) for position in range(first, first + self.batch_size)]
-
-    def _pair(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.length)
-        if epoch != self._epoch:
-            # The 0 and the 1 keep the two uses of the seed apart: orders here, keys below.
-            self._order = np.random.default_rng((self._seed, 0, epoch)).permutation(self.length)
-            self._epoch = epoch
-        key = np.random.SeedSequence((self._seed, 1, position)).generate_state(1, np.uint64)
-        return int(self._order[place]), int(key[0])
-
-
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """Bring uint8 values 0 to 255, of any shape, to float32 in [-1, 1]."""
-    return images.to(torch.float32) / 127.5 - 1.0
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Bring float values in [-1, 1], of any shape, to uint8 by rounding; values beyond are cut off."""
-    return ((images.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def batches(
-    data: ImageData,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    stop: int,
-    workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the batches of steps ``start`` to ``stop - 1``; a batch depends on seed and step alone.
-
-    Args:
-        data: the pictures.
-        batch_size: pictures in every batch, B.
-        seed: decides order, crops and flips.
-        start: first step; training that goes on from step k passes k and sees what it would have seen.
-        stop: the step after the last.
-        workers: loading processes; 0 loads in this one. The batches are the same.
-        rank: which of the training processes this is.
-        world_size: how many share a batch; each gets its slice of it, B / world_size pictures.
-
-    Yields:
-        ``{"image": float32 (B, C, S, S) in [-1, 1], "label": int64 (B,), "index": int64 (B,),
-        "flipped": bool (B,)}``.
-
-    Raises:
-        UserError: a batch size under 1, a negative start, or too many broken pictures on the way.
-    """
-    sampler = StepSampler(len(data), batch_size, seed, start, stop, rank, world_size)
-    return _from_memory(data, sampler) if data.cached and workers == 0 else _loaded(data, sampler, workers)
-
-
-def _from_memory(data: ImageData, sampler: StepSampler) -> Iterator[dict[str, torch.Tensor]]:
-    for pairs in sampler:
-        index = torch.tensor([index for index, _ in pairs])
-        flipped = torch.tensor([_draw(key, data.flip)[0] for _, key in pairs])
-        images = data.images.index_select(0, index)
-        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        yield {"image": to_float(images), "label": data.labels[index], "index": index, "flipped": flipped}
-
-
-def _loaded(data: ImageData, sampler: StepSampler, workers: int) -> Iterator[dict[str, torch.Tensor]]:
-    # Its own generator: a DataLoader otherwise draws a number from the global one each time it starts.
-    loader: DataLoader = DataLoader(
-        data, batch_sampler=sampler, num_workers=workers, generator=torch.Generator().manual_seed(0)
-    )
-    for batch in loader:
-        yield {**batch, "image": to_float(batch["image"])}

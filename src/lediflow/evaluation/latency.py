@@ -81,13 +81,14 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in fns}
     for turn in range(warmup + repeats):
         for name, fn in fns.items():
-            taken = _time_once(fn, where)
+            taken = time_once(fn, where)
             if turn >= warmup:
                 seconds[name].append(taken)
     return {name: _summary(taken, images) for name, taken in seconds.items()}
 
 
-def _time_once(fn: Callable[[], Any], device: torch.device) -> float:
+def time_once(fn: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one call, with all queued work of a CUDA device done before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

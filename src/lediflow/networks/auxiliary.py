@@ -29,7 +29,7 @@ from lediflow.networks.hourglass import (
     token_grid,
     unpatchify,
 )
-from lediflow.networks.safetensors_only import SafetensorsOnly
+from lediflow.networks.model import Network
 
 POSTERIOR_LOG_VAR = (-12.0, 4.0)
 PRIOR_LOG_VAR = (-9.0, 2.0)
@@ -41,7 +41,7 @@ def soft_clamp(x: Tensor, low: float, high: float) -> Tensor:
     return low + F.softplus(x - low)
 
 
-class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
+class AuxiliaryModel(Network, ModelMixin, ConfigMixin):
     """The regression model behind P_L = N(mu(z), sigma^2(z)), section 3.1 of the paper.
 
     The encoder merges tokens from level to level until their grid is that of z; levels beyond that stay on
@@ -69,8 +69,6 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
         UserError: sizes that do not fit each other, by name.
     """
 
-    _repeated_blocks = ["Block"]  # noqa: RUF012  what `compile_repeated_blocks` of diffusers reads
-    _supports_gradient_checkpointing = True
     latent_mean: Tensor
     latent_std: Tensor
 
@@ -142,7 +140,7 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
 
     def encode(self, y: Tensor) -> DiagonalGaussian:
         """Return q(z|y) for images y (B, C, H, W) in [-1, 1]: mean and log-variance (B, c, h, w), fp32."""
-        x = self.patch_in(patchify(y.movedim(1, -1), self.patch_size))
+        x = self.patch_in(patchify(y.movedim(1, -1).to(self.patch_in.weight.dtype), self.patch_size))
         for i, level in enumerate(self.encoder):
             x = level(self.merges[i - 1](x) if i else x)
         mean, log_var = self._head(self.posterior_out, self.posterior_norm(x)).movedim(-1, 1).chunk(2, dim=1)
@@ -150,6 +148,7 @@ class AuxiliaryModel(SafetensorsOnly, ModelMixin, ConfigMixin):
 
     def decode(self, z: Tensor) -> DiagonalGaussian:
         """Return the learned prior P_L (eq. 3) for z (B, c, h, w): mean and log-variance (B, C, H, W)."""
+        z = z.to(self.latent_in.weight.dtype)
         x = self.latent_in(z.movedim(1, -1))
         cond = None if self.mapping is None else self.mapping(self.mapping_in(z.flatten(1)))
         for i in reversed(range(len(self.decoder))):

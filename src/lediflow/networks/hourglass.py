@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lediflow.errors import UserError
-from lediflow.networks.attention import self_attention, uncached
+from lediflow.networks.attention import check_backend, constant, forced_backend, self_attention
 
 EPS = 1e-6
 
@@ -52,10 +52,10 @@ class RMSNorm(nn.Module):
             self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Normalise x (B, ..., width); cond is (B, cond_width) where the norm is adaptive."""
+        """Normalise x (B, ..., width); an adaptive norm takes cond, (B or 1, cond_width)."""
         if self.adaptive:
             scale = 1 + self.linear(cond)
-            scale = scale.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
+            scale = scale.reshape(scale.shape[0], *[1] * (x.ndim - 2), -1)
         else:
             scale = self.scale
         return x * (scale * torch.rsqrt(mean_square(x) + EPS)).to(x.dtype)
@@ -90,7 +90,7 @@ def axial_positions(grid: tuple[int, int]) -> Tensor:
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
 
 
-@lru_cache(maxsize=64)
+@constant
 def rope_table(
     grid: tuple[int, int], n_heads: int, d_head: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -99,13 +99,12 @@ def rope_table(
     Half of each head turns: d_head / 8 frequencies for each axis, log-spaced from pi to 10 pi and interleaved
     across the heads.
     """
-    with torch.inference_mode(False):
-        n = d_head // 8
-        log_frequencies = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n_heads * n + 1)[:-1]
-        frequencies = log_frequencies.exp().view(n, n_heads).T  # (n_heads, n)
-        positions = axial_positions(grid).reshape(-1, 1, 2, 1)
-        theta = (positions * frequencies[None, :, None, :]).flatten(2).to(device)  # y angles, then x angles
-        return theta.cos().to(dtype), theta.sin().to(dtype)
+    n = d_head // 8
+    log_frequencies = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n_heads * n + 1)[:-1]
+    frequencies = log_frequencies.exp().view(n, n_heads).T  # (n_heads, n)
+    positions = axial_positions(grid).reshape(-1, 1, 2, 1)
+    theta = (positions * frequencies[None, :, None, :]).flatten(2).to(device)  # y angles, then x angles
+    return theta.cos().to(dtype), theta.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -130,10 +129,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, width) -> (B, H, W, width)."""
-        b, h, w, _ = x.shape
+        b, h, w = x.shape[0], index(x.shape[1]), index(x.shape[2])  # a compiled graph is made for one grid
         q, k, v = self.qkv(x).view(b, h * w, 3, self.n_heads, self.d_head).unbind(2)
         root = self.scale.sqrt()[:, None]
-        cos, sin = uncached(rope_table)((h, w), self.n_heads, self.d_head, x.device, q.dtype)
+        cos, sin = rope_table((h, w), self.n_heads, self.d_head, x.device, q.dtype)
         q, k = (
             rotate(u * (root * torch.rsqrt(mean_square(u) * self.d_head + EPS)).to(u.dtype), cos, sin)
             for u in (q, k)
@@ -358,7 +357,7 @@ def check_widths(
 
     Raises:
         UserError: no level, lengths differ, heads do not divide a width, a head that rotary embeddings
-            cannot split, or an even kernel.
+            cannot split, an even kernel, or an attention backend that is not there.
     """
     if not depths or len(widths) != len(depths):
         raise UserError(f"{name}: needs one width for each depth, got widths {widths} and depths {depths}")
@@ -369,6 +368,7 @@ def check_widths(
             raise UserError(f"{name}: width {width} is not divisible by d_head {d_head}")
     if kernel_size % 2 == 0:
         raise UserError(f"{name}: kernel_size must be odd, not {kernel_size}")
+    check_backend(forced_backend())
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> Iterator[dict[str, Any]]:

@@ -23,10 +23,10 @@ from lediflow.networks.hourglass import (
     patchify,
     token_grid,
 )
-from lediflow.networks.safetensors_only import SafetensorsOnly
+from lediflow.networks.model import Network
 
 
-class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
+class VelocityTransformer(Network, ModelMixin, ConfigMixin):
     """HDiT that predicts a velocity from a point of the path, its time, and optionally z and a class.
 
     Args:
@@ -46,13 +46,11 @@ class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         latent_conditioning: "concat" brings z to the grid of tokens and concatenates it to the patches;
             "mapping" adds a linear map of the flat z to the condition vector.
         num_classes: number of classes; 0 for a network without.
+        time_bias: a bias in the embedding of t, which checkpoints of k-diffusion bring (kdiffusion.py).
 
     Raises:
         UserError: sizes that do not fit each other, by name.
     """
-
-    _repeated_blocks = ["Block"]  # noqa: RUF012  what `compile_repeated_blocks` of diffusers reads
-    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -72,6 +70,7 @@ class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         latent_size: int | Sequence[int] = 8,
         latent_conditioning: Literal["concat", "mapping"] = "concat",
         num_classes: int = 0,
+        time_bias: bool = False,
     ):
         super().__init__()
         name = type(self).__name__
@@ -87,7 +86,7 @@ class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         self.patch_in = linear(in_channels * patch_size**2 + extra, widths[0])
 
         self.time_features = FourierFeatures(mapping_width)
-        self.time_in = linear(mapping_width, mapping_width)
+        self.time_in = nn.Linear(mapping_width, mapping_width, bias=time_bias)
         if num_classes:
             self.class_embedding = nn.Embedding(num_classes + 1, mapping_width)  # the last row: no class
         if self.latent_conditioning == "mapping":
@@ -121,7 +120,7 @@ class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
                 itself stands for no class.
 
         Returns:
-            v, shape of x.
+            v, shape and dtype of x; bf16 weights compute in bf16 whatever x is.
 
         Raises:
             ValueError: z or class_labels missing where the network needs them, or given where it has none.
@@ -131,18 +130,26 @@ class VelocityTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         if (class_labels is None) != (self.num_classes == 0):
             raise ValueError(f"this network {'needs' if class_labels is None else 'has no'} class_labels")
 
-        cond = self.time_in(self.time_features(t.expand(x.shape[0])))
+        tokens = self._tokens(x, z)
+        cond = self._condition(t, z, class_labels)
+        tokens = self.hourglass(self.patch_in(tokens), cond)
+        return self.patch_out(self.out_norm(tokens)).movedim(-1, 1).to(x.dtype)
+
+    def _tokens(self, x: Tensor, z: Tensor | None) -> Tensor:
+        tokens = patchify(x.movedim(1, -1).to(self.patch_in.weight.dtype), self.patch_size)
+        if z is not None and self.latent_conditioning == "concat":
+            tokens = torch.cat((tokens, _latent_tokens(z, tokens)), dim=-1)
+        return tokens
+
+    def _condition(self, t: Tensor, z: Tensor | None, class_labels: Tensor | None) -> Tensor:
+        """The vector that scales every norm, (B, mapping_width), or (1, ...) where all images share it."""
+        dtype = self.time_in.weight.dtype
+        cond = self.time_in(self.time_features(t.reshape(-1)).to(dtype))
         if class_labels is not None:
             cond = cond + self.class_embedding(class_labels)
         if z is not None and self.latent_conditioning == "mapping":
-            cond = cond + self.latent_in(z.flatten(1))
-        cond = self.mapping(cond)
-
-        tokens = patchify(x.movedim(1, -1), self.patch_size)
-        if z is not None and self.latent_conditioning == "concat":
-            tokens = torch.cat((tokens, _latent_tokens(z, tokens)), dim=-1)
-        tokens = self.hourglass(self.patch_in(tokens), cond)
-        return self.patch_out(self.out_norm(tokens)).movedim(-1, 1)
+            cond = cond + self.latent_in(z.flatten(1).to(dtype))
+        return self.mapping(cond)
 
 
 def _latent_features(latent_shape: tuple[int, int, int], grid: tuple[int, int], name: str) -> int:

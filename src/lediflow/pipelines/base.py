@@ -15,9 +15,10 @@ from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from torch import Tensor
 
+from lediflow.codecs import Codec, LatentSpace
 from lediflow.data.images import to_uint8
 from lediflow.errors import UserError
-from lediflow.networks.safetensors_only import SafetensorsOnly
+from lediflow.networks.model import SafetensorsOnly
 from lediflow.ode import check_solver
 from lediflow.pipelines.guidance import ClassLabels, check_labels
 
@@ -27,7 +28,8 @@ class PipelineOutput(BaseOutput):
     """What a pipeline returns.
 
     Attributes:
-        images: list of PIL images, or a tensor (N, C, H, W) in [-1, 1] for output_type="pt".
+        images: list of PIL images, or a tensor (N, C, H, W) in [-1, 1] for output_type="pt", or the codec's
+            latents for "latent".
         nfe: evaluations of each network that one image took, by the network's name; a guided one, with the
             class and without, counts as two.
     """
@@ -37,7 +39,32 @@ class PipelineOutput(BaseOutput):
 
 
 class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
-    """Base of the pipelines: a request is cut into batches, and image i depends on (seed, i) only."""
+    """Base of the pipelines: a request is cut into batches, and image i depends on (seed, i) only.
+
+    A flow in a codec's latents has their `latent_space` (a `LatentSpace` as a dict) in its config. The codec
+    itself is the optional component `vae`: left out of a run's folder, loaded when images are first asked
+    for, and saved by `save_pretrained` from then on, which makes a folder that needs nothing else.
+    """
+
+    _optional_components = ["vae"]  # noqa: RUF012  what diffusers reads
+
+    def load_codec(self, name: str | Path | None = None) -> None:
+        """Load the codec of the latents from where it was when they were made, or from `name`.
+
+        Raises:
+            UserError: the flow makes pixels, or the codec is not there, or it is another one.
+        """
+        if self.config.latent_space is None:
+            raise UserError("this model makes pixels; it has no codec")
+        space = LatentSpace.from_dict(self.config.latent_space)
+        try:
+            codec = space.load_codec(device=self.device, name=None if name is None else str(name))
+        except UserError as error:
+            raise UserError(
+                f"{error}. The model makes latents of {space.codec!r}: give that codec's folder with "
+                "--codec or load_codec(FOLDER), or take the latents with output_type='latent'"
+            ) from None
+        self.register_modules(vae=codec.model)
 
     @abstractmethod
     def _generate(
@@ -73,15 +100,19 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
         seed: int,
         batch_size: int,
         dtype: torch.dtype | None,
-        output_type: Literal["pil", "pt"],
+        output_type: Literal["pil", "pt", "latent"],
         **options: Any,
     ) -> PipelineOutput:
         check_solver(solver, steps)
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
-        if output_type not in ("pil", "pt"):
-            raise UserError(f"output_type must be 'pil' or 'pt', not {output_type!r}")
+        space = self.config.latent_space
+        known = ("pil", "pt", "latent") if space else ("pil", "pt")
+        if output_type not in known:
+            raise UserError(f"output_type must be {' or '.join(map(repr, known))}, not {output_type!r}")
+        if space and self.vae is None and output_type != "latent":
+            self.load_codec()
         images = []
         wanted = range(first_image, first_image + num_images)
         with self.progress_bar(total=num_images) as bar:
@@ -89,10 +120,20 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
                 indices, nfe = wanted[start : start + batch_size], Counter[str]()
                 with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
                     batch = self._generate(indices, nfe, seed=seed, steps=steps, solver=solver, **options)
-                images.append(batch.float().clamp(-1, 1))
+                images.append(self._visible(batch.float(), nfe, output_type))
                 bar.update(len(indices))
         joined = torch.cat(images)
-        return PipelineOutput(images=joined if output_type == "pt" else to_pil(joined), nfe=dict(nfe))
+        return PipelineOutput(images=to_pil(joined) if output_type == "pil" else joined, nfe=dict(nfe))
+
+    def _visible(self, batch: Tensor, nfe: Counter[str], output_type: str) -> Tensor:
+        """Clamp pixels; undo the scale of latents, and decode them unless they are what is wanted."""
+        if self.config.latent_space is None:
+            return batch.clamp(-1, 1)
+        latents = LatentSpace.from_dict(self.config.latent_space).denormalize(batch)
+        if output_type == "latent":
+            return latents
+        nfe["codec"] = 1
+        return Codec(self.vae).decode(latents)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

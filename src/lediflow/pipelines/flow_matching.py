@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from lediflow import ode
@@ -22,15 +23,23 @@ class FlowMatchingPipeline(ImagePipeline):
 
     Args:
         flow: the velocity network, without z.
+        vae: codec of the latents, where the flow carries latents; None loads it when it is needed.
+        latent_space: a `LatentSpace` as a dict; None for a flow of pixels.
         id2label: name of each class by its index as a string, for a model with classes.
     """
 
-    model_cpu_offload_seq = "flow"
+    model_cpu_offload_seq = "flow->vae"
 
-    def __init__(self, flow: VelocityTransformer, id2label: dict[str, str] | None = None):
+    def __init__(
+        self,
+        flow: VelocityTransformer,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        latent_space: dict[str, Any] | None = None,
+        id2label: dict[str, str] | None = None,
+    ):
         super().__init__()
-        self.register_modules(flow=flow)
-        self.register_to_config(id2label=id2label)
+        self.register_modules(flow=flow, vae=vae)
+        self.register_to_config(latent_space=latent_space, id2label=id2label)
 
     def __call__(
         self,
@@ -44,16 +53,16 @@ class FlowMatchingPipeline(ImagePipeline):
         first_image: int = 0,
         batch_size: int = 64,
         dtype: torch.dtype | None = None,
-        output_type: Literal["pil", "pt"] = "pil",
+        output_type: Literal["pil", "pt", "latent"] = "pil",
     ) -> PipelineOutput:
         """Make images; arguments as in `LeDiFlowPipeline`, without a latent sampler.
 
         Returns:
-            A `PipelineOutput`; its nfe has the key flow.
+            A `PipelineOutput`; its nfe has the key flow, and codec for decoded latents.
 
         Raises:
-            UserError: unknown solver or class, guidance without classes, or steps, num_images or batch_size
-                below 1.
+            UserError: unknown solver or class, guidance without classes, steps, num_images or batch_size
+                below 1, or no codec for the latents.
         """
         return self._request(
             num_images,

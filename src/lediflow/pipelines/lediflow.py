@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from lediflow import ode
@@ -24,21 +25,25 @@ class LeDiFlowPipeline(ImagePipeline):
         auxiliary: theta_E and theta_D.
         flow: theta_FM.
         sampler: theta_L.
+        vae: codec of the latents, where the flow carries latents; None loads it when it is needed.
+        latent_space: a `LatentSpace` as a dict; None for a flow of pixels.
         id2label: name of each class by its index as a string, for a model with classes.
     """
 
-    model_cpu_offload_seq = "sampler->auxiliary->flow"
+    model_cpu_offload_seq = "sampler->auxiliary->flow->vae"
 
     def __init__(
         self,
         auxiliary: AuxiliaryModel,
         flow: VelocityTransformer,
         sampler: VelocityTransformer,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        latent_space: dict[str, Any] | None = None,
         id2label: dict[str, str] | None = None,
     ):
         super().__init__()
-        self.register_modules(auxiliary=auxiliary, flow=flow, sampler=sampler)
-        self.register_to_config(id2label=id2label)
+        self.register_modules(auxiliary=auxiliary, flow=flow, sampler=sampler, vae=vae)
+        self.register_to_config(latent_space=latent_space, id2label=id2label)
 
     def __call__(
         self,
@@ -55,7 +60,7 @@ class LeDiFlowPipeline(ImagePipeline):
         first_image: int = 0,
         batch_size: int = 64,
         dtype: torch.dtype | None = None,
-        output_type: Literal["pil", "pt"] = "pil",
+        output_type: Literal["pil", "pt", "latent"] = "pil",
     ) -> PipelineOutput:
         """Make images.
 
@@ -73,15 +78,16 @@ class LeDiFlowPipeline(ImagePipeline):
             first_image: index i of the first image, to go on with an earlier request.
             batch_size: images at a time.
             dtype: autocast to torch.bfloat16 or torch.float16; None computes as the weights are.
-            output_type: "pil", or "pt" for a tensor (N, C, H, W) in [-1, 1].
+            output_type: "pil", or "pt" for a tensor (N, C, H, W) in [-1, 1], or "latent" for the codec's
+                latents in its own units.
 
         Returns:
-            A `PipelineOutput`; its nfe has the keys sampler, decoder and flow. A guided evaluation counts as
-            two, with the class and without.
+            A `PipelineOutput`; its nfe has the keys sampler, decoder and flow, and codec for decoded latents.
+            A guided evaluation counts as two, with the class and without.
 
         Raises:
-            UserError: unknown solver or class, guidance without classes, or steps, num_images or batch_size
-                below 1.
+            UserError: unknown solver or class, guidance without classes, steps, num_images or batch_size
+                below 1, or no codec for the latents.
         """
         ode.check_solver(latent_solver or solver, latent_steps)
         return self._request(

@@ -3,8 +3,9 @@
 A checkpoint is a folder `step-N` with model.safetensors (weights), ema.safetensors (the first average of the
 weights, and buffers: what is used afterwards), ema-NAME.safetensors for each further average,
 optimizer.safetensors, and state.json. Images, noise and learning rate of a step follow from the seed, the
-step and the count of rollbacks in state.json, so no other position or random state is needed. Tensors are
-whole, also when training held them in shards: any number of processes can go on.
+step and the count of rollbacks in state.json, so no other random state is needed; a stream of images also has
+its position there, for each process. Tensors are whole, also when training held them in shards: any number of
+processes can go on.
 """
 
 from __future__ import annotations

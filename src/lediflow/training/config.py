@@ -28,13 +28,19 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Which images, and how they are brought to size."""
 
-    train: str | None = Field(None, description="folder of images, Parquet file or glob, or 'digits'")
+    train: str | None = Field(
+        None,
+        description="folder of images, Parquet, Arrow or tar files, Hub dataset owner/name[:config], "
+        "'digits', or with a codec the folder that `lediflow encode` wrote",
+    )
     validation: str | None = Field(None, description="held-out images; default: the split of that name")
     image_size: Positive = Field(32, description="side of the square images, pixels")
     channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for RGB")
     classes: Count = Field(0, description="number of classes; 0 trains without labels")
     crop: Literal["center", "random"] = Field("center", description="which square of an oblong image")
     flip: bool = Field(True, description="mirror half of the images")
+    streaming: bool = Field(False, description="read in the order of storage, for sets too large to index")
+    shuffle_block: Positive = Field(1000, description="stored images a worker shuffles at a time, streaming")
     workers: Count = Field(0, description="processes that decode images; 0 decodes in the main process")
     cache_gb: float = Field(1.0, ge=0, description="keep decoded images in memory when they fit, GB")
     max_broken: float = Field(0.5, ge=0, le=1, description="share of unreadable images that stops the run")

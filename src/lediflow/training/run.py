@@ -2,6 +2,8 @@
 
 RUN/config.yaml             every setting, as resolved
 RUN/<stage>/                checkpoints/step-N/, metrics.jsonl, previews/
+RUN/latent_space.json       codec and scale of the latents, where it trains on latents
+RUN/broken-images.txt       the images that were left out, and why
 RUN/logs/<stage>/           TensorBoard
 RUN/pipeline/               what LeDiFlowPipeline.from_pretrained loads
 RUN/baseline/pipeline/      what FlowMatchingPipeline.from_pretrained loads
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 import json
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from lediflow.data.images import ImageData
+from lediflow.data.batches import TrainingData
 from lediflow.errors import UserError, nearest
 from lediflow.files import write_folder, write_text
 from lediflow.networks.auxiliary import AuxiliaryModel
@@ -29,6 +30,14 @@ from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.training import checkpoint
 from lediflow.training.config import STAGES, Config, StageName, differences, load_config
+from lediflow.training.inputs import (
+    describe,
+    keep_latent_space,
+    latent_space,
+    open_data,
+    refuse_other_latents,
+    report_broken,
+)
 from lediflow.training.processes import check_device, make_accelerator, on_main
 from lediflow.training.stages import BUILDERS, Latents, build_stage
 from lediflow.training.trackers import check_tracker, start_tracker, stop_tracker
@@ -58,8 +67,6 @@ def train(
     """
     run, chosen = Path(output), _in_order(stages)
     check_networks(config)
-    if config.data.train is None:
-        raise UserError("no dataset: give --data FOLDER (or a Parquet file), or set data.train")
     check_device(device)
     check_tracker(config)
     tracker = config.training.tracker
@@ -68,10 +75,14 @@ def train(
     )
     check_batches(config, chosen, accelerator.num_processes)
     _refuse_another_run(run, config, chosen, resume)
-    data = _open_data(config, quiet=not accelerator.is_main_process)
-    on_main(accelerator, lambda: _claim(run, config, chosen, resume))
+    if not accelerator.is_main_process:
+        warnings.simplefilter("ignore", UserWarning)  # the main process says it
+    data = open_data(config)
+    if resume:
+        refuse_other_latents(run, data)
+    on_main(accelerator, lambda: _claim(run, config, data, chosen, resume))
     if accelerator.is_main_process:
-        _say(f"{len(data)} images of {config.data.image_size} px from {config.data.train}; run folder {run}")
+        _say(f"{describe(data, config)}; run folder {run}")
         if (count := accelerator.num_processes) > 1:
             _say(f"{count} processes ({config.training.parallel}) on {accelerator.device.type}")
     try:
@@ -83,34 +94,11 @@ def train(
     return run
 
 
-def _open_data(config: Config, *, quiet: bool) -> ImageData:
-    with warnings.catch_warnings():
-        if quiet:  # the main process says it
-            warnings.simplefilter("ignore")
-        data = ImageData(
-            str(config.data.train),
-            image_size=config.data.image_size,
-            channels=config.data.channels,
-            crop=config.data.crop,
-            flip=config.data.flip,
-            max_broken=config.data.max_broken,
-            cache_gb=config.data.cache_gb,
-        )
-    if config.data.classes and data.num_classes != config.data.classes:
-        named = f": {textwrap.shorten(', '.join(data.class_names), 100)}" if data.num_classes else ""
-        raise UserError(
-            f"data.classes is {config.data.classes}, but {config.data.train} has {data.num_classes} "
-            f"classes{named}; set data.classes={data.num_classes}"
-            + ("" if data.num_classes else ", or give each class a subfolder")
-        )
-    return data
-
-
 def _train_stages(
     config: Config,
     run: Path,
     chosen: list[StageName],
-    data: ImageData,
+    data: TrainingData,
     accelerator: Accelerator,
     *,
     resume: bool,
@@ -132,7 +120,12 @@ def _train_stages(
             stop_tracker(accelerator)
         if accelerator.is_main_process:
             _say(f"{name}: done, {last}")
-        on_main(accelerator, lambda: write_pipelines(run, config, classes))
+        on_main(accelerator, lambda: _conclude(run, config, data))
+
+
+def _conclude(run: Path, config: Config, data: TrainingData) -> None:
+    report_broken(run, data)
+    write_pipelines(run, config, data.class_names if config.data.classes else ())
 
 
 def check_networks(config: Config) -> dict[str, int]:
@@ -201,12 +194,15 @@ def _write_pipelines(
             auxiliary=auxiliary,
             flow=load_network(run, "flow", config, average),
             sampler=load_network(run, "sampler", config, average),
+            latent_space=latent_space(run),
             id2label=id2label,
         )
         write_folder(target / "pipeline", lambda folder: pipeline.save_pretrained(folder))
     if "baseline" in trained:
         baseline = FlowMatchingPipeline(
-            flow=load_network(run, "baseline", config, average), id2label=id2label
+            flow=load_network(run, "baseline", config, average),
+            latent_space=latent_space(run),
+            id2label=id2label,
         )
         write_folder(target / "baseline" / "pipeline", lambda folder: baseline.save_pretrained(folder))
 
@@ -263,7 +259,7 @@ def _refuse_another_run(run: Path, config: Config, chosen: list[StageName], resu
         raise UserError(f"{run}: with another config, --no-resume must train all stages (leave --stage out)")
 
 
-def _claim(run: Path, config: Config, chosen: list[StageName], resume: bool) -> None:
+def _claim(run: Path, config: Config, data: TrainingData, chosen: list[StageName], resume: bool) -> None:
     """Make the run folder this config's; the stages' earlier folders move aside unless they are resumed."""
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -271,6 +267,7 @@ def _claim(run: Path, config: Config, chosen: list[StageName], resume: bool) -> 
             for name in chosen:
                 _move_aside(run / name)
         write_text(run / "config.yaml", config.to_yaml())
+        keep_latent_space(run, data)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error}; choose another --output") from None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lediflow import flow, ode
-from lediflow.data.images import ImageData, to_float
+from lediflow.data.batches import TrainingData
 from lediflow.gaussian import DiagonalGaussian, elbo_loss
 from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.networks.velocity import VelocityTransformer
@@ -78,7 +78,7 @@ class Stage(ABC):
     name: StageName
     network: Any
 
-    def __init__(self, config: Config, data: ImageData, device: torch.device):
+    def __init__(self, config: Config, data: TrainingData, device: torch.device):
         self.config, self.data, self.device = config, data, device
         self.settings: StageConfig = config.stage(self.name)
         self.network = self.build().to(device)
@@ -122,16 +122,14 @@ class Stage(ABC):
         return image_noise(shape, seed=0, indices=range(PREVIEW_IMAGES), stream=stream, device=self.device)
 
     def preview_images(self) -> Tensor:
-        """The first images of the data, (n, C, H, W) in [-1, 1]."""
-        n = min(PREVIEW_IMAGES, len(self.data))
-        return to_float(torch.stack([self.data[i]["image"] for i in range(n)])).to(self.device)
+        """The first images (or normalised latents) of the data, (n, C, H, W)."""
+        return self.data.first(PREVIEW_IMAGES).to(self.device)
 
     def preview_image_labels(self) -> Tensor | None:
         """The classes of `preview_images`, (n,); None without classes."""
         if not self.config.data.classes:
             return None
-        n = min(PREVIEW_IMAGES, len(self.data))
-        return torch.tensor([self.data[i]["label"] for i in range(n)], device=self.device)
+        return self.data.first_labels(PREVIEW_IMAGES).to(self.device)
 
 
 class AuxiliaryStage(Stage):
@@ -161,7 +159,7 @@ class AuxiliaryStage(Stage):
 
     def finish(self):
         """Measure mean and standard deviation of z per channel over the training set."""
-        posterior = encode_all(self.network, self.data, self.device)
+        posterior = encode_all(self.network, self.data, self.device, workers=self.config.data.workers)
         mean = posterior.mean.mean((0, 2, 3), keepdim=True)
         variance = (posterior.mean - mean).square() + posterior.std.square()
         self.network.latent_mean.copy_(mean)
@@ -174,7 +172,7 @@ class Latents:
     Where the images are held in memory they are encoded once, here; otherwise batch by batch.
     """
 
-    def __init__(self, auxiliary: AuxiliaryModel, data: ImageData, device: torch.device):
+    def __init__(self, auxiliary: AuxiliaryModel, data: TrainingData, device: torch.device):
         self.auxiliary = auxiliary.to(device).eval().requires_grad_(False)
         self._cache: tuple[DiagonalGaussian, DiagonalGaussian | None] | None = None
         if data.cached:
@@ -198,7 +196,7 @@ class Latents:
 class _OnLatents(Stage):
     """A stage that needs the trained auxiliary model."""
 
-    def __init__(self, config: Config, data: ImageData, device: torch.device, latents: Latents):
+    def __init__(self, config: Config, data: TrainingData, device: torch.device, latents: Latents):
         super().__init__(config, data, device)
         self.latents, self.auxiliary = latents, latents.auxiliary
 
@@ -280,7 +278,7 @@ class BaselineStage(Stage):
 
 
 def build_stage(
-    name: StageName, config: Config, data: ImageData, device: torch.device, latents: Latents | None
+    name: StageName, config: Config, data: TrainingData, device: torch.device, latents: Latents | None
 ) -> Stage:
     """Return the stage `name`; `latents` is what `flow` and `sampler` start from."""
     if name == "auxiliary":
@@ -294,22 +292,17 @@ def build_stage(
 @torch.no_grad()
 def encode_all(
     auxiliary: AuxiliaryModel,
-    data: ImageData,
+    data: TrainingData,
     device: torch.device,
     *,
     mirror: bool = False,
+    workers: int = 0,
     batch_size: int = 256,
 ) -> DiagonalGaussian:
     """Return q(z|y) of all images of `data` in order, (N, c, h, w), of their mirror images if `mirror`."""
     means, log_vars = [], []
-    for start in range(0, len(data), batch_size):
-        stop = min(start + batch_size, len(data))
-        if data.cached:
-            images = data.images[start:stop]
-        else:
-            images = torch.stack([data[i]["image"] for i in range(start, stop)])
-        y = to_float(images).to(device)
-        posterior = auxiliary.encode(y.flip(-1) if mirror else y)
+    for y in data.in_order(batch_size, mirror=mirror, workers=workers):
+        posterior = auxiliary.encode(y.to(device))
         means.append(posterior.mean)
         log_vars.append(posterior.log_var)
     return DiagonalGaussian(torch.cat(means), torch.cat(log_vars))

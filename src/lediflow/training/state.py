@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from lediflow.errors import UserError
@@ -39,6 +40,7 @@ class TrainingState:
         base_rates: the learning rate of each of its groups, before warm-up and schedule.
         averages: of the weights.
         guard: the judge of losses.
+        position: where a stream of images stands in this process; None for data that needs none.
     """
 
     def __init__(self, stage: Stage, folder: Path, accelerator: Accelerator):
@@ -46,10 +48,7 @@ class TrainingState:
         self.training, self.network = stage.config.training, stage.network
         if self.training.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        if self.training.compile == "model":
-            self.network.compile()
-        elif self.training.compile == "blocks":
-            self.network.compile_repeated_blocks()
+        self.network.compile_as(self.training.compile)
         self.sharded = self.training.parallel == "fsdp" and accelerator.num_processes > 1
         if self.sharded:
             shard(self.network, accelerator)
@@ -62,6 +61,7 @@ class TrainingState:
         self.parameters = list(self.network.parameters())
         self.averages = Averages(self.parameters, self.training.ema, settings.batch_size)
         self.guard = Guard()
+        self.position: dict[str, Any] | None = None
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, ascending."""
@@ -119,6 +119,7 @@ class TrainingState:
             "seed": self.training.seed,
             "ema_steps": self.averages.steps,
             "guard": self.guard.to_dict(),
+            "positions": gather_object([self.position]),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         keep, every = self.training.keep_checkpoints, self.training.keep_every
@@ -142,6 +143,8 @@ class TrainingState:
         checkpoint.load_optimizer(folder, self.optimizer)
         self.averages.steps = saved["ema_steps"]
         self.guard = Guard(**saved["guard"])
+        positions = saved["positions"]
+        self.position = positions[self.accelerator.process_index % len(positions)]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lediflow.data.images import batches
+from lediflow.data.batches import batches
 from lediflow.errors import UserError
 from lediflow.evaluation.report import image_grid
 from lediflow.files import clear_unfinished, explained, write_text, written_whole
@@ -103,6 +103,7 @@ class _Fit:
             for step in range(start + 1, last + 1):
                 with meter.waiting():
                     batch = next(stream)
+                self.state.position = batch.get("position")
                 loss, norm, metrics, stop = self._step(step, batch, bool(stopped))
                 meter.count(loss, self.settings.batch_size)
                 if step % every.log_every == 0 or step == last:
@@ -119,16 +120,20 @@ class _Fit:
                         f"stopped at step {step} of stage {self.stage.name}; everything is saved"
                     )
 
-    def _images(self, start: int) -> Iterator[dict[str, Tensor]]:
+    def _images(self, start: int) -> Iterator[dict[str, Any]]:
+        # a stream goes on where it is, also after a rollback; other data comes in another order then
+        position = self.state.position
+        seed = derive_seed(self.training.seed, self.stage.name, "data") if position else self._seed("data")
         return batches(
             self.stage.data,
             batch_size=self.settings.batch_size,
-            seed=self._seed("data"),
+            seed=seed,
             start=start,
             stop=self.settings.steps,
             workers=self.stage.config.data.workers,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
+            **({"position": position} if position else {}),
         )
 
     def _seed(self, *names: str | int) -> int:
@@ -219,7 +224,9 @@ class _Fit:
             )
         self.accelerator.wait_for_everyone()  # until all know what is good
         on_main(self.accelerator, lambda: state.remove_after(good[-1]))
+        position = state.position
         state.load(good[-1])
+        state.position = position
         state.guard = failed.after_rollback(state.guard, step)
         self._say(f"{name}: back to step {good[-1]}, with other images and noise and half the learning rate")
         return good[-1]
@@ -291,7 +298,7 @@ class _Fit:
     def _preview(self, step: int) -> None:
         def draw() -> None:
             with torch.no_grad(), self.accelerator.autocast():
-                rows = self.stage.preview()
+                rows = [self.stage.data.show(row) for row in self.stage.preview()]
             scale = max(1, 64 // rows[0].shape[-1])
             path = self.folder / "previews" / f"step-{step:06d}.png"
             with explained(path), written_whole(path) as unfinished:

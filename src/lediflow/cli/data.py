@@ -1,0 +1,56 @@
+"""`lediflow data inspect`: what a DATASET holds, before a long run depends on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lediflow.cli.options import Dataset, Split
+
+app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+
+
+@app.callback()
+def _data() -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    dataset: Dataset,
+    split: Split = "train",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for contact-sheet.png and report.json.", show_default=False)
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Count and decode every image: sizes, formats, classes, and which are broken and why.
+
+    Examples:
+
+        lediflow data inspect photos/ --output inspected
+
+        lediflow data inspect "flowers/*.parquet" --json
+    """
+    import json
+
+    from lediflow.data.inspect import contact_sheet, inspect_dataset
+    from lediflow.errors import UserError
+    from lediflow.files import write_text, written_whole
+
+    report = inspect_dataset(dataset, split, workers=workers)
+    if output is not None:
+        try:
+            with written_whole(output / "contact-sheet.png") as path:
+                contact_sheet(dataset, split).save(path)
+            write_text(output / "report.json", json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise UserError(f"cannot write to {output}: {error}") from None
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report.to_text(), end="")
+    if as_json:
+        print()
+    elif output is not None:
+        print(f"files: {output / 'contact-sheet.png'}, {output / 'report.json'}")
