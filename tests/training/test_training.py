@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from conftest import TINY, shared, weights
+from PIL import Image
 
 from lediflow.errors import UserError
 from lediflow.training import checkpoint
@@ -76,6 +77,25 @@ def test_stop_signal_saves_and_the_run_goes_on(tiny_run, tmp_path):
     assert checkpoint.steps_on_disk(tmp_path / "run" / "baseline" / "checkpoints")[-1] == reached + 2
 
 
+def test_a_signal_at_the_end_of_a_stage_is_not_lost(tiny_run, tmp_path, monkeypatch):
+    """It comes while the last preview is drawn: the next stage does not begin."""
+    from lediflow.training.stages import AuxiliaryStage
+
+    preview = AuxiliaryStage.preview
+
+    def signalled(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return preview(self)
+
+    monkeypatch.setattr(AuxiliaryStage, "preview", signalled)
+    with pytest.raises(Interrupted, match="stopped at step 6 of stage auxiliary"):
+        train(load_config("digits", TINY), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "flow").exists()
+    monkeypatch.undo()
+    train(load_config("digits", TINY), tmp_path / "run", device="cpu", stages=["auxiliary", "flow"])
+    assert_same_weights(tiny_run, tmp_path / "run", ["auxiliary", "flow"])
+
+
 def test_a_run_of_another_config_is_refused_with_the_difference(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     with pytest.raises(UserError, match=r"flow.widths: \[16, 16\] there, \[24, 24\] now"):
@@ -141,6 +161,32 @@ def test_accumulated_parts_make_the_steps_of_the_whole_batch(tiny_run, tmp_path)
             torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="auxiliary.batch_size 8 is not divisible by 3 .*nearest that is: 9"):
         train(load_config("digits", [*TINY, "training.accumulate=3"]), tmp_path / "other", device="cpu")
+
+
+def test_a_stream_goes_on_from_its_position(tmp_path, monkeypatch):
+    """Resumed equals uninterrupted, and what was read before is not read again."""
+    import datasets
+
+    from lediflow.data.streams import StreamData
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "pictures").mkdir()
+    for n in range(24):
+        Image.new("L", (16, 16), 10 * n).save(tmp_path / "pictures" / f"{n:02d}.png")
+    settings = [*TINY, f"data.train={str(tmp_path / 'pictures')!r}", "data.streaming=true"]
+    settings += ["data.shuffle_block=8", "training.checkpoint_every=3"]
+    run = train(load_config("digits", settings), tmp_path / "whole", device="cpu", stages=["baseline"])
+    half = load_config("digits", [*settings, "training.baseline.steps=3"])
+    train(half, tmp_path / "run", device="cpu", stages=["baseline"])
+    positions = checkpoint.load_state(tmp_path / "run" / "baseline" / "checkpoints" / "step-3")["positions"]
+    assert len(positions) == 1 and positions[0]["ranks"] == 1
+    given, serve = [], StreamData.serve
+    monkeypatch.setattr(
+        StreamData, "serve", lambda self, **options: given.append(options) or serve(self, **options)
+    )
+    train(load_config("digits", settings), tmp_path / "run", device="cpu", stages=["baseline"])
+    assert [(options["start"], options["position"]) for options in given] == [(3, positions[0])]
+    assert_same_weights(run, tmp_path / "run", ["baseline"])
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint_intact(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from lediflow.data.batches import TrainingData
 from lediflow.errors import UserError, nearest
-from lediflow.files import write_folder, write_text
+from lediflow.files import explained, write_folder, write_text
 from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
@@ -124,8 +124,9 @@ def _train_stages(
 
 
 def _conclude(run: Path, config: Config, data: TrainingData) -> None:
-    report_broken(run, data)
-    write_pipelines(run, config, data.class_names if config.data.classes else ())
+    with explained(run):
+        report_broken(run, data)
+        write_pipelines(run, config, data.class_names if config.data.classes else ())
 
 
 def check_networks(config: Config) -> dict[str, int]:

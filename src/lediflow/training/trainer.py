@@ -115,10 +115,14 @@ class _Fit:
                     self.state.save(step, self.must_agree)
                 if step == last or step % every.preview_every == 0:
                     self._preview(step)
-                if stop and step < last:
+                if stop or (step == last and self._any(bool(stopped))):
                     raise Interrupted(
                         f"stopped at step {step} of stage {self.stage.name}; everything is saved"
                     )
+
+    def _any(self, here: bool) -> bool:
+        """Whether something is so in any process."""
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)) > 0)
 
     def _images(self, start: int) -> Iterator[dict[str, Any]]:
         # a stream goes on where it is, also after a rollback; other data comes in another order then
