@@ -10,6 +10,7 @@ import torch
 from conftest import shared
 from PIL import Image
 
+from lediflow.data.images import ImageData
 from lediflow.errors import UserError
 from lediflow.evaluation.feature_networks import (
     ClassifierFeatures,
@@ -20,6 +21,7 @@ from lediflow.evaluation.feature_networks import (
     weights_digest,
 )
 from lediflow.evaluation.features import SmallClassifier, extract_features
+from lediflow.evaluation.kernels import CMMD
 from lediflow.evaluation.text import ClipScore
 
 transformers = pytest.importorskip("transformers")
@@ -50,12 +52,13 @@ def clip_folder(tmp_path_factory):
     }
     config = transformers.CLIPConfig(
         text_config=sizes
-        | {"vocab_size": 40, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
+        | {"vocab_size": 40, "max_position_embeddings": 8}
+        | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
         vision_config=sizes | {"image_size": 32, "patch_size": 8},
         projection_dim=12,
     )
     transformers.CLIPModel(config).save_pretrained(folder)
-    letters = [c for c in "abcdefghijklmnopqr"]
+    letters = list("abcdefghijklmnopqr")
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
     vocab = {word: i for i, word in enumerate(words)}
     transformers.CLIPTokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
@@ -67,7 +70,8 @@ def test_preprocessing_is_pillows_bicubic_with_antialiasing():
     pixels = np.random.default_rng(0).integers(0, 256, (50, 50), dtype=np.uint8)
     settings = {"size": {"height": 21, "width": 21}, "resample": 3, "image_mean": MEAN, "image_std": STD}
     out = Preprocessing(settings, 224)(torch.from_numpy(pixels)[None, None] / 127.5 - 1)
-    expected = np.asarray(Image.fromarray(pixels.astype(np.float32)).resize((21, 21), Image.Resampling.BICUBIC))
+    picture = Image.fromarray(pixels.astype(np.float32))
+    expected = np.asarray(picture.resize((21, 21), Image.Resampling.BICUBIC))
     assert out.shape == (1, 3, 21, 21)
     for channel in range(3):
         found = out[0, channel] * STD[channel] + MEAN[channel]
@@ -75,7 +79,7 @@ def test_preprocessing_is_pillows_bicubic_with_antialiasing():
 
 
 def test_preprocessing_reads_the_side_it_ends_with():
-    crop = {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    crop = {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224}}
     assert Preprocessing(crop, 7).side == 224
     assert Preprocessing(crop | {"do_center_crop": False}, 7).side == 256
     assert Preprocessing({}, 7).side == 7
@@ -136,12 +140,17 @@ def test_digest_follows_weights_and_preprocessing(clip_folder, tmp_path):
     assert weights_digest(layer) != before
 
 
-def test_real_mobilenet_knows_flowers_from_noise():
+def test_real_mobilenet_tells_flowers_from_faces():
     network = open_features(str(shared("models/mobilenet-v1-imagenet")), "cpu")
-    found = network(_images(2, side=64))
-    assert found.shape == (2, 1024)
-    assert 0 <= found.min()
-    assert found.max() <= 6
+
+    def features(name, indices):
+        data = ImageData(str(shared(f"data/{name}.parquet")), image_size=64, split="validation", cache_gb=0)
+        return network(torch.stack([data[i]["image"] for i in indices]))
+
+    flowers, others = (features("flowers128-validation", range(i, 24, 2)) for i in (0, 1))
+    faces = features("faces64-validation", range(12))
+    assert flowers.shape == (12, 1024)
+    assert CMMD(flowers, faces).item() > 3 * CMMD(flowers, others).item()
 
 
 def test_classifier_features_are_the_classifiers():
@@ -193,7 +202,8 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, clip_folder):
 
 
 def test_clip_score_is_the_cosine_of_the_embeddings(clip_folder):
-    score, images, texts = ClipScore(str(clip_folder)), _images(), ["a cab", "deaf", "a bag of beads and a cage"]
+    score, images = ClipScore(str(clip_folder)), _images()
+    texts = ["a cab", "deaf", "a bag of beads and a cage"]
     found = score(images, texts)
     model = transformers.CLIPModel.from_pretrained(clip_folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(clip_folder)

@@ -1,7 +1,7 @@
 """Networks that turn images into the features that distances are taken in.
 
-`open_features` knows: any transformers vision model by folder or Hub id (CLIP, whose projected embeddings
-make the CMMD; DINOv2; MobileNet; ...), and "inception", whose pool features make FID and KID. The classifier of
+`open_features` knows any transformers vision model by folder or Hub id (CLIP, whose projected embeddings make
+the CMMD; DINOv2; MobileNet; ...), and "inception", whose pool features make FID and KID. The classifier of
 features.py, trained on the data themselves, is the third kind.
 """
 
@@ -46,6 +46,11 @@ class FeatureNetwork(ABC):
     digest: str
     frechet_name, mmd_name, kernel_name = "frechet", "mmd", "kernel"
 
+    @property
+    def headline(self) -> str:
+        """The metric that plots and verdicts go by: one published for these features where there is one."""
+        return self.mmd_name
+
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
 
@@ -67,6 +72,11 @@ class ClassifierFeatures(FeatureNetwork):
         super().__init__(device)
         self.name, self._classifier = CLASSIFIER, classifier.to(self.device)
         self.digest = _digest(classifier, "")
+
+    @property
+    def headline(self) -> str:
+        """The Fréchet distance, for its floor in these features is known."""
+        return self.frechet_name
 
     def _features(self, pixels: Tensor) -> Tensor:
         return self._classifier.features(to_float(pixels))
@@ -97,6 +107,11 @@ class InceptionFeatures(FeatureNetwork):
             raise UserError(f"cannot download the Inception weights: {error}") from None
         self.name, self._network = INCEPTION, network.to(self.device)
         self.digest = _digest(network, "2048")
+
+    @property
+    def headline(self) -> str:
+        """FID."""
+        return self.frechet_name
 
     def _features(self, pixels: Tensor) -> Tensor:
         return self._network(pixels.expand(-1, 3, -1, -1).contiguous())[0]
@@ -145,7 +160,8 @@ class Preprocessing:
             size = size.get("height") or size.get("shortest_edge")
         self.side = int(size or side)
         self.filter = _FILTERS.get(settings.get("resample", 3), "bicubic")
-        self.scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255
+        factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1
+        self.scale = 255 * factor
         normalise = settings.get("do_normalize", True)
         self.mean: list[float] = settings.get("image_mean", [0.5] * 3) if normalise else [0.0] * 3
         self.std: list[float] = settings.get("image_std", [0.5] * 3) if normalise else [1.0] * 3
@@ -169,6 +185,22 @@ def open_features(name: str, device: str | torch.device) -> FeatureNetwork:
         UserError: it cannot be had, and why.
     """
     return InceptionFeatures(device) if name == INCEPTION else TransformersFeatures(name, device)
+
+
+def check_reachable(model: str) -> None:
+    """Make sure quickly that a model of the Hub is cached here or can be asked for.
+
+    Raises:
+        UserError: neither; loading would try for half a minute before it says so.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=10)
+    except Exception as error:  # no network, a proxy's refusal, no such model: each its own kind
+        raise UserError(f"{model} is not cached here and cannot be fetched: {type(error).__name__}") from None
 
 
 def load_model(model: str, choose: Callable[[Any], Any]) -> tuple[Any, Preprocessing, dict[str, Any]]:
@@ -204,8 +236,8 @@ def load_model(model: str, choose: Callable[[Any], Any]) -> tuple[Any, Preproces
         preprocessing = Preprocessing(_preprocessor_settings(name, revision), _input_side(config))
     except Exception as error:  # transformers, the Hub and safetensors each raise their own kinds
         raise UserError(
-            f"cannot load the network {model}: {str(error).splitlines()[0]} It must be a folder or Hub id of a "
-            "transformers vision model with safetensors weights"
+            f"cannot load the network {model}: {str(error).splitlines()[0]} It must be a folder or Hub id "
+            "of a transformers vision model with safetensors weights"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -216,7 +248,7 @@ def load_model(model: str, choose: Callable[[Any], Any]) -> tuple[Any, Preproces
 
 
 def image_embedding(network: Any, pixel_values: Tensor) -> Tensor:
-    """Return one vector for each image: the projected embedding, the pooled output, or the mean over places."""
+    """Return one vector for each image: the projected embedding, the pooled output, or the places' mean."""
     if hasattr(network, "get_image_features"):
         output = network.get_image_features(pixel_values=pixel_values)
         return output if isinstance(output, Tensor) else output.pooler_output.flatten(1)

@@ -100,10 +100,7 @@ def mmd_squared(
             "take both with the same feature network"
         )
     across = torch.cat(
-        [
-            sum(kernel(rows, others).sum(1) for others in y.split(_BLOCK)) / len(y)  # type: ignore[misc]
-            for rows in x.split(_BLOCK)
-        ]
+        [sum(kernel(rows, others).sum(1) for others in y.split(_BLOCK)) / len(y) for rows in x.split(_BLOCK)]
     )
     weights = torch.ones(1, len(x), dtype=torch.float64) if counts is None else counts
     if within_y is None:

@@ -112,6 +112,7 @@ def _radii(features: Tensor, k: int) -> Tensor:
 def _rows(features: Tensor, k: int) -> Tensor:
     if features.ndim != 2 or len(features) < k + 1:
         raise UserError(
-            f"neighbourhoods of {k} images need features (N, D) of at least {k + 1}, not {tuple(features.shape)}"
+            f"neighbourhoods of {k} images need features (N, D), N at least {k + 1}, "
+            f"not {tuple(features.shape)}"
         )
     return features.detach().to("cpu", torch.float64)

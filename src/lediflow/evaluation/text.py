@@ -17,8 +17,8 @@ from lediflow.evaluation.feature_networks import CLIP, image_embedding, load_mod
 class ClipScore:
     """100 max(cos, 0) between the CLIP embeddings of an image and its text.
 
-    Hessel et al., "CLIPScore: a reference-free evaluation metric for image captioning" (2021), with the factor
-    100 that text-to-image papers use instead of 2.5.
+    Hessel et al., "CLIPScore: a reference-free evaluation metric for image captioning" (2021), with the
+    factor 100 that text-to-image papers use instead of 2.5.
 
     Args:
         model: CLIP by folder or Hub id, with its tokenizer.
