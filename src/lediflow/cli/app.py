@@ -8,7 +8,7 @@ import warnings
 import typer
 
 from lediflow import __version__
-from lediflow.cli import demo, evaluate, presets, sample, train
+from lediflow.cli import demo, diagnose, evaluate, presets, sample, train
 from lediflow.errors import UserError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(demo.demo)
 app.command()(train.train)
 app.command()(sample.sample)
 app.command()(evaluate.evaluate)
+app.command()(diagnose.diagnose)
 app.command()(presets.presets)
 
 

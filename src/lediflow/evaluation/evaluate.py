@@ -32,6 +32,7 @@ from lediflow.evaluation.measure import (
     copies,
     distances,
     generated_features,
+    in_pixels,
     notes_of,
     reconstruction,
     timings,
@@ -230,7 +231,7 @@ def _measured(
         metrics |= named(network, found | {"copies": share})
         notes += [f"{network.name}: {text}" for text in warned]
         closest = closest or nearby
-    if isinstance(pipeline, LeDiFlowPipeline) and min(model.shape[1:]) >= 11:
+    if isinstance(pipeline, LeDiFlowPipeline) and min(model.shape[1:]) >= 11 and in_pixels(pipeline):
         real_images = side.held_out or side.reference
         pixels = real_images.pixels(range(min(RECONSTRUCTIONS, len(real_images))))
         again = reconstruction(pipeline, pixels, request, lpips=lpips, replicates=settings.bootstrap)

@@ -203,9 +203,14 @@ def _parts(pipeline: ImagePipeline) -> dict[str, tuple[Any, str]]:
     parts: dict[str, tuple[Any, str]] = {"flow": (pipeline.flow, "forward")}
     if isinstance(pipeline, LeDiFlowPipeline):
         parts |= {"sampler": (pipeline.sampler, "forward"), "decoder": (pipeline.auxiliary, "decode")}
-    if getattr(pipeline, "codec", None) is not None:
-        parts["codec"] = (pipeline.codec, "decode")
+    if getattr(pipeline, "vae", None) is not None:
+        parts["codec"] = (pipeline.vae, "decode")
     return parts
+
+
+def in_pixels(pipeline: LeDiFlowPipeline) -> bool:
+    """Whether the model works on pixels, not on a codec's latents."""
+    return getattr(pipeline, "vae", None) is None
 
 
 @torch.no_grad()
