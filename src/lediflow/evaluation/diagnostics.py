@@ -1,8 +1,8 @@
 """Does the learned prior help here, and if not, why? Measurements of a trained LeDiFlow, one function each.
 
 The paper's first limitation is that a bad prior can be worse than a Gaussian one. What can go wrong is taken
-apart: where paths start, how bent they are, how honest sigma is, whether sampled z look like encoded z, and what
-z carries. findings.py puts the numbers into words.
+apart: where paths start, how bent they are, how honest sigma is, whether sampled z look like encoded z, and
+what z carries. findings.py puts the numbers into words.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def latent_gap(encoded: Tensor, unseen: Tensor, sampled: dict[str, Tensor]) -> d
     """Return how far sampled z lie from encoded z: the unbiased squared MMD, and density and coverage.
 
     The MMD sees the whole; density and coverage (manifold.py) see whether each z lies where encoded ones do,
-    and find faults that the MMD does not. Its kernel is Gaussian, as wide as the median distance between encoded z. For scale, "unseen" is the gap
-    of other images' z, which should be 0 but for noise, and "gaussian" that of standard normal noise: what a
-    latent sampler that has learnt nothing would leave.
+    and find faults that the MMD does not. Its kernel is Gaussian, as wide as the median distance between
+    encoded z. For scale, "unseen" is the gap of other images' z, which should be 0 but for noise, and
+    "gaussian" that of standard normal noise: what a latent sampler that has learnt nothing would leave.
 
     Args:
         encoded: z of training images, standardised, (N, ...).

@@ -229,7 +229,7 @@ def _measured(
         unseen = None if side.unseen is None else side.unseen[network.name]
         share, nearby = copies(generated, real, unseen, **many)
         metrics |= named(network, found | {"copies": share})
-        notes += [f"{network.name}: {text}" for text in warned]
+        notes += warned
         closest = closest or nearby
     if isinstance(pipeline, LeDiFlowPipeline) and min(model.shape[1:]) >= 11 and in_pixels(pipeline):
         real_images = side.held_out or side.reference

@@ -168,8 +168,9 @@ def _gap(gap: Mapping[str, Any], latent_steps: int) -> Finding:
     unseen, now, many = gap["unseen"], gap["sampled"], gap["sampled_many"]
     value = (
         f"MMD {now['share']:.1%} of what plain noise leaves ({latent_steps} steps; {many['share']:.1%} with "
-        f"{MANY_LATENT_STEPS}; below {gap['noise']:.1%} it is noise); density {now['density']:.2f} and coverage "
-        f"{now['coverage']:.2f} (z of held-out images: {unseen['density']:.2f} and {unseen['coverage']:.2f})"
+        f"{MANY_LATENT_STEPS}; below {gap['noise']:.1%} it is noise); density {now['density']:.2f} and "
+        f"coverage {now['coverage']:.2f} (z of held-out images: {unseen['density']:.2f}, "
+        f"{unseen['coverage']:.2f})"
     )
     name = "gap between sampled z and encoded z"
 
