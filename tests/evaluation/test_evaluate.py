@@ -158,10 +158,10 @@ def test_notes_say_where_counts_mislead(tiny_run, measured, tmp_path):
 
 
 def test_default_features_fall_back_to_the_classifier_and_say_so(tiny_run, measured, monkeypatch, tmp_path):
-    def unreachable(model):
-        raise UserError(f"{model} is not cached here")
+    def unreachable(name, revision):
+        raise UserError(f"{name} is not cached here")
 
-    monkeypatch.setattr("lediflow.evaluation.real_side.check_reachable", unreachable)
+    monkeypatch.setattr("lediflow.evaluation.feature_networks._check_reachable", unreachable)
     settings = Settings(**SMALL | {"steps": (1,), "features": ()})
     results = evaluate([str(tiny_run)], settings, tmp_path, cache=measured.cache, device="cpu")
     assert results["features"][0]["headline"] == "classifier/frechet"

@@ -187,22 +187,6 @@ def open_features(name: str, device: str | torch.device) -> FeatureNetwork:
     return InceptionFeatures(device) if name == INCEPTION else TransformersFeatures(name, device)
 
 
-def check_reachable(model: str) -> None:
-    """Make sure quickly that a model of the Hub is cached here or can be asked for.
-
-    Raises:
-        UserError: neither; loading would try for half a minute before it says so.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(model, "config.json"), str):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=10)
-    except Exception as error:  # no network, a proxy's refusal, no such model: each its own kind
-        raise UserError(f"{model} is not cached here and cannot be fetched: {type(error).__name__}") from None
-
-
 def load_model(model: str, choose: Callable[[Any], Any]) -> tuple[Any, Preprocessing, dict[str, Any]]:
     """Load a model of transformers, safetensors only and frozen.
 
@@ -227,6 +211,8 @@ def load_model(model: str, choose: Callable[[Any], Any]) -> tuple[Any, Preproces
     source: dict[str, Any] = {"pretrained_model_name_or_path": name} | (
         {"revision": revision} if revision else {}
     )
+    if not Path(name).exists():
+        _check_reachable(name, revision)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the half of CLIP that is left out
     logging.disable_progress_bar()
@@ -273,6 +259,26 @@ def weights_digest(*networks: nn.Module) -> str:
 def _digest(network: nn.Module, preprocessing: str) -> str:
     text = weights_digest(network) + preprocessing
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _check_reachable(name: str, revision: str) -> None:
+    """Make sure quickly that a model of the Hub is cached here or can be asked for.
+
+    Raises:
+        UserError: neither; loading would try for half a minute, and print each try, before it says so.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision or None), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision or None), timeout=10)
+    except Exception as error:  # no network, a proxy's refusal, no such model: each its own kind
+        raise UserError(
+            f"the network {name} is neither a folder nor cached here, and cannot be fetched "
+            f"({type(error).__name__}); give --features the folder of a transformers vision model, or "
+            f"{CLASSIFIER!r} where the data have classes"
+        ) from None
 
 
 def _vision_loader(config: Any) -> Any:

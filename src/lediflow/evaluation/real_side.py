@@ -16,7 +16,6 @@ from lediflow.evaluation.feature_networks import (
     CLASSIFIER,
     CLIP,
     FeatureNetwork,
-    check_reachable,
     open_features,
 )
 from lediflow.evaluation.measure import distances
@@ -97,14 +96,13 @@ def _feature_networks(
             raise UserError("two of the --features have the same name; give one of them at a time")
         return found
     try:
-        check_reachable(CLIP)
         return [open_features(CLIP, device)]
     except UserError as error:
         if reference.num_classes < 2:
             raise
         warnings.warn(
             f"features of a small classifier trained on {settings.data!r} itself are used, for the default "
-            f"is not at hand ({error}). The numbers compare models within this dataset, and with nothing "
+            f"is not at hand: {error}. The numbers compare models within this dataset, and with nothing "
             "published",
             stacklevel=2,
         )
