@@ -210,6 +210,14 @@ def test_verdict_names_the_fastest_that_is_as_good_as_the_baselines_best():
     )
 
 
+def test_verdict_names_a_cheaper_baseline_that_is_as_good_for_all_one_knows():
+    ours = [Point(1, 7, 2.0, 1.0)]
+    baseline = [Point(2, 4, 3.0, 2.2, 1.9, 2.5), Point(8, 16, 8.0, 2.0, 1.7, 2.3)]
+    assert "within the interval of its best already with 2 steps (2.2) in 3.00 ms" in verdict(ours, baseline)
+    apart = [Point(2, 4, 3.0, 2.4, 2.1, 2.7), baseline[1]]
+    assert "interval" not in verdict(ours, apart)
+
+
 def test_intervals_are_drawn_and_may_reach_zero(tmp_path):
     plain = {"FM": [Point(1, 1, 0.1, 1.0), Point(2, 2, 0.2, 0.5)]}
     marked = {"FM": [Point(1, 1, 0.1, 1.0, 0.7, 1.2), Point(2, 2, 0.2, 0.5, 0.0, 0.6)]}
