@@ -1,6 +1,7 @@
 """The commands as a user types them: results, messages, exit codes."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from PIL import Image
 def lediflow(monkeypatch, capsys):
     """Run a command in this process; what a shell would start differs only in time."""
     from lediflow.cli.app import main
+
+    # diffusers' logger writes to the stderr that it first met, which may be an earlier test's
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["lediflow", *map(str, arguments)])

@@ -138,7 +138,7 @@ def part_shares(
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             box: list[Any] = []
-            spent[name] += _time_once(lambda: box.append(method(*args, **kwargs)), where)
+            spent[name] += time_once(lambda: box.append(method(*args, **kwargs)), where)
             return box[0]
 
         return call
@@ -147,7 +147,7 @@ def part_shares(
     try:
         for name, (owner, method) in parts.items():
             setattr(owner, method, timed(name, getattr(owner, method)))
-        whole = sum(_time_once(fn, where) for _ in range(repeats))
+        whole = sum(time_once(fn, where) for _ in range(repeats))
     finally:
         for owner, method in parts.values():
             vars(owner).pop(method, None)  # the class's own method shows again
