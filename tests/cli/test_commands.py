@@ -1,6 +1,7 @@
 """The commands as a user types them: results, messages, exit codes."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from PIL import Image
 def lediflow(monkeypatch, capsys):
     """Run a command in this process; what a shell would start differs only in time."""
     from lediflow.cli.app import main
+
+    # diffusers' logger writes to the stderr that it first met, which may be an earlier test's
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["lediflow", *map(str, arguments)])
@@ -53,7 +57,12 @@ def test_help_is_quick_because_imports_are_lazy():
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "demo", "presets", "encode", "data inspect"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train", "sample", "demo", "presets", "encode", "data inspect", "evaluate", "diagnose", "benchmark",
+    ],
+)  # fmt: skip
 def test_every_command_teaches_with_an_example(lediflow, command):
     result = lediflow(*command.split(), "--help")
     assert result.returncode == 0
@@ -205,3 +214,40 @@ def test_demo_end_to_end_with_few_steps(lediflow, tmp_path):
     run = train(load_config("digits", TINY), tmp_path / "demo", device="cpu")
     again = compare_run(run, device="cpu", steps=(1,), groups=3)
     assert again.rows[0].frechet == pytest.approx(results["rows"][0]["frechet"], rel=0.02)
+
+
+def test_evaluate_prints_a_table_and_writes_a_report(lediflow, tiny_run, tmp_path):
+    request = ("evaluate", tiny_run, tiny_run / "baseline", "--data", "digits", "--features", "classifier")
+    few = ("--steps", "1", "-n", 30, "--reference-images", 60, "--bootstrap", 4, "--classifier-steps", 5)
+    files = (
+        "--output",
+        tmp_path / "out",
+        "--cache",
+        tmp_path / "cache",
+        "--device",
+        "cpu",
+        "--batch-size",
+        15,
+    )
+    result = lediflow(*request, *few, *files)
+    assert result.returncode == 0, result.stderr
+    assert "| tiny/baseline | midpoint |" in result.stdout
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in result.stdout
+    assert "note: 30 samples do not determine a covariance" in result.stderr
+    again = lediflow(*request, *few, *files, "--json")
+    assert "measured before" in again.stderr
+    assert [row["steps"] for row in json.loads(again.stdout)["rows"]] == [1, 1]
+    refused(lediflow(*request, "--steps", "1,two"), "give whole numbers")
+    refused(lediflow(*request, "--solver", "heun33"), "did you mean 'heun3'")
+    refused(lediflow("evaluate", tiny_run, "--data", tmp_path / "nowhere"), "nowhere")
+
+
+def test_diagnose_prints_verdicts(lediflow, tiny_run):
+    request = ("diagnose", tiny_run, "--data", "digits", "-n", 50, "--latent-steps", 1, "--device", "cpu")
+    result = lediflow(*request)
+    assert result.returncode == 0, result.stderr
+    for part in ("transport cost", "calibration", "endpoint error", "gap between", "The learned prior"):
+        assert part in result.stdout
+    report = json.loads(lediflow(*request, "--json").stdout)
+    assert report["findings"][0]["grade"] in ("good", "fair", "poor")
+    refused(lediflow("diagnose", tiny_run / "baseline", "--data", "digits"), "no learned prior")

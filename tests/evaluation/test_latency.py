@@ -68,3 +68,38 @@ def test_mistakes(wrong):
     arguments = {"fns": {"A": lambda: None}, "images": 1, **wrong}
     with pytest.raises(UserError, match="timing needs"):
         compare(**arguments)
+
+
+def test_shares_of_parts(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    class Network:
+        def forward(self) -> str:
+            clock.now += 3.0
+            return "out"
+
+    network = Network()
+
+    def whole() -> None:
+        assert network.forward() == "out"
+        clock.now += 1.0
+        assert network.forward() == "out"
+
+    shares = latency.part_shares(whole, {"network": (network, "forward")}, repeats=2)
+    assert shares == {"network": pytest.approx(6 / 7)}
+    assert "forward" not in vars(network), "the object is left as it was"
+
+
+def test_a_failing_call_leaves_the_object_as_it_was():
+    class Network:
+        calls = 0
+
+        def forward(self) -> None:
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("no memory")
+
+    network = Network()
+    with pytest.raises(RuntimeError):
+        latency.part_shares(lambda: network.forward(), {"network": (network, "forward")})
+    assert "forward" not in vars(network)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lediflow.errors import UserError
-from lediflow.evaluation.metrics import frechet_at_count, frechet_distance, frechet_floor
+from lediflow.evaluation.metrics import Moments, frechet_at_count, frechet_distance, frechet_floor
 
 
 def _random(n: int, d: int, seed: int) -> Tensor:
@@ -71,6 +71,31 @@ def test_constant_features_are_no_trouble():
 def test_single_precision_is_computed_in_double():
     a, b = _random(100, 8, 0).float(), _random(100, 8, 1).float()
     assert frechet_distance(a, b) == frechet_distance(a.double(), b.double())
+
+
+def test_moments_by_batch_and_by_process_are_those_of_the_whole():
+    features = 3 * _random(101, 6, 0) + 1000
+    whole = Moments.of(features)
+    torch.testing.assert_close(whole.covariance, features.T.cov())
+    by_batch, left, right = Moments(6), Moments(6), Moments(6)
+    for i, batch in enumerate(features.split(7)):
+        by_batch.update(batch)
+        (left if i % 3 else right).update(batch)
+    together = Moments(6).merge(left).merge(right).merge(Moments(6))
+    for moments in (by_batch, together):
+        assert moments.count == 101
+        torch.testing.assert_close(moments.mean, features.mean(0), rtol=1e-12, atol=0)
+        torch.testing.assert_close(moments.covariance, whole.covariance, rtol=1e-9, atol=1e-12)
+    other = _random(50, 6, 1)
+    assert frechet_distance(together, Moments.of(other)) == pytest.approx(
+        frechet_distance(features, other), rel=1e-9
+    )
+
+
+def test_moments_far_from_zero_in_single_precision_do_not_cancel():
+    features = (_random(64, 2, 0) + 1e4).float()
+    expected = features.double().T.cov()
+    torch.testing.assert_close(Moments.of(features, batch_size=5).covariance, expected, rtol=1e-9, atol=0)
 
 
 def test_warns_when_the_samples_do_not_fill_the_space():

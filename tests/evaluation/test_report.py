@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 
 from lediflow.errors import UserError
-from lediflow.evaluation.report import Point, image_grid, labelled_grid, markdown_table, quality_plot
+from lediflow.evaluation.report import (
+    Point,
+    image_grid,
+    labelled_grid,
+    markdown_table,
+    pareto_front,
+    quality_plot,
+    verdict,
+)
 
 CURVES = {
     "FM": [Point(4, 4, 0.4, 3.0), Point(1, 1, 0.1, 40.0), Point(2, 2, 0.2, 12.0)],
@@ -184,3 +192,37 @@ def test_table_without_rows_and_with_a_short_row():
     assert markdown_table(["a", "b"], []) == "| a   | b   |\n| --- | --- |"
     with pytest.raises(ValueError, match="2 cells"):
         markdown_table(["a", "b"], [["only one"]])
+
+
+def test_pareto_front_holds_what_nothing_beats():
+    fast, good, both = Point(1, 1, 1.0, 9.0), Point(8, 8, 8.0, 1.0), Point(2, 2, 2.0, 2.0)
+    beaten = [Point(4, 4, 4.0, 2.5), Point(3, 3, 8.0, 3.0), Point(1, 1, 1.0, 9.5)]
+    assert pareto_front([good, *beaten, both, fast]) == [fast, both, good]
+
+
+def test_verdict_names_the_fastest_that_is_as_good_as_the_baselines_best():
+    baseline = [Point(1, 2, 1.0, 9.0), Point(8, 16, 8.0, 3.0)]
+    says = verdict([Point(1, 7, 1.5, 4.0), Point(2, 9, 2.0, 2.5), Point(4, 13, 4.0, 2.0)], baseline)
+    assert says.startswith("LeDiFlow with 2 steps (2.5)")
+    assert "in 2.00 instead of 8.00 ms per image: 4.0 times the speed" in says
+    assert "does not reach the best of flow matching (3 at 8 steps)" in verdict(
+        [Point(1, 7, 1.5, 4.0)], baseline
+    )
+
+
+def test_verdict_names_a_cheaper_baseline_that_is_as_good_for_all_one_knows():
+    ours = [Point(1, 7, 2.0, 1.0)]
+    baseline = [Point(2, 4, 3.0, 2.2, 1.9, 2.5), Point(8, 16, 8.0, 2.0, 1.7, 2.3)]
+    assert "within the interval of its best already with 2 steps (2.2) in 3.00 ms" in verdict(ours, baseline)
+    apart = [Point(2, 4, 3.0, 2.4, 2.1, 2.7), baseline[1]]
+    assert "interval" not in verdict(ours, apart)
+
+
+def test_intervals_are_drawn_and_may_reach_zero(tmp_path):
+    plain = {"FM": [Point(1, 1, 0.1, 1.0), Point(2, 2, 0.2, 0.5)]}
+    marked = {"FM": [Point(1, 1, 0.1, 1.0, 0.7, 1.2), Point(2, 2, 0.2, 0.5, 0.0, 0.6)]}
+    texts = [
+        quality_plot(curves, tmp_path / f"{i}.svg", floor=None, metric="FD").read_text()
+        for i, curves in enumerate((plain, marked))
+    ]
+    assert texts[1].count('<g id="line2d') > texts[0].count('<g id="line2d')

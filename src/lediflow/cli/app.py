@@ -8,7 +8,7 @@ import warnings
 import typer
 
 from lediflow import __version__
-from lediflow.cli import benchmark, data, demo, encode, presets, sample, train
+from lediflow.cli import benchmark, data, demo, diagnose, encode, evaluate, presets, sample, train
 from lediflow.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(train.train)
 app.command()(sample.sample)
+app.command()(evaluate.evaluate)
+app.command()(diagnose.diagnose)
 app.command()(benchmark.benchmark)
 app.command()(encode.encode)
 app.add_typer(data.app, name="data")

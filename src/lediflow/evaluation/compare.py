@@ -19,7 +19,7 @@ from lediflow.data.images import ImageData, to_float
 from lediflow.evaluation.features import accuracy, extract_features, train_classifier
 from lediflow.evaluation.latency import Latency, compare
 from lediflow.evaluation.metrics import frechet_at_count, frechet_floor
-from lediflow.evaluation.report import Point, labelled_grid, markdown_table, quality_plot
+from lediflow.evaluation.report import Point, labelled_grid, markdown_table, quality_plot, verdict
 from lediflow.files import write_text
 from lediflow.pipelines.base import ImagePipeline, load_pipeline
 from lediflow.training.config import Config, load_config
@@ -132,7 +132,7 @@ def compare_run(
             latency = latencies[f"{model}/{n}"]
             rows.append(Row(model, solver, n, out.nfe, latency.ms_per_image, distance))
             shown[f"{model}\n{n} step{'s' if n > 1 else ''}"] = out.images[:GRID_IMAGES].cpu()
-    verdict = _verdict(rows)
+    says = verdict(_points(rows, NAMES[""]), _points(rows, NAMES["baseline"]))
     table = _table(rows)
     facts = {
         "floor": floor,
@@ -144,7 +144,7 @@ def compare_run(
         "torch_threads": torch.get_num_threads(),
         "rows": [asdict(row) for row in rows],
     }
-    return Comparison(rows, floor, table, verdict, _write(run, rows, floor, table, verdict, facts, shown))
+    return Comparison(rows, floor, table, says, _write(run, rows, floor, table, says, facts, shown))
 
 
 def _images(config: Config, split: str) -> ImageData:
@@ -191,23 +191,12 @@ def _table(rows: list[Row]) -> str:
     )
 
 
-def _verdict(rows: list[Row]) -> str:
-    """Say what LeDiFlow needs to be at least as good as the baseline's best."""
-    baseline = [row for row in rows if row.model == NAMES["baseline"]]
-    best = min(baseline, key=lambda row: row.frechet)
-    equal = [row for row in rows if row.model == NAMES[""] and row.frechet <= best.frechet]
-    if not equal:
-        return (
-            f"In this run LeDiFlow does not reach the best of flow matching ({best.frechet:.2f} at "
-            f"{best.steps} steps) at any step count."
-        )
-    fastest = min(equal, key=lambda row: row.ms_per_image)
-    return (
-        f"LeDiFlow with {fastest.steps} step{'s' if fastest.steps > 1 else ''} ({fastest.frechet:.2f}) is at "
-        f"least as good as the best of flow matching ({best.frechet:.2f} at {best.steps} steps) in "
-        f"{fastest.ms_per_image:.2f} instead of {best.ms_per_image:.2f} ms per image: "
-        f"{best.ms_per_image / fastest.ms_per_image:.1f} times the speed."
-    )
+def _points(rows: list[Row], model: str) -> list[Point]:
+    return [
+        Point(row.steps, sum(row.nfe.values()), row.ms_per_image, row.frechet)
+        for row in rows
+        if row.model == model
+    ]
 
 
 def _write(
@@ -215,18 +204,11 @@ def _write(
     rows: list[Row],
     floor: float,
     table: str,
-    verdict: str,
+    says: str,
     facts: dict[str, Any],
     shown: dict[str, Tensor],
 ) -> list[Path]:
-    curves = {
-        name: [
-            Point(row.steps, sum(row.nfe.values()), row.ms_per_image, row.frechet)
-            for row in rows
-            if row.model == name
-        ]
-        for name in NAMES.values()
-    }
+    curves = {name: _points(rows, name) for name in NAMES.values()}
     scale = max(1, 48 // shown["real"].shape[-1])
     files = [
         labelled_grid(shown, run / "grid.png", scale=scale),
@@ -234,6 +216,6 @@ def _write(
         run / "table.md",
         run / "results.json",
     ]
-    write_text(files[2], f"{table}\n\nFloor: {floor:.2f}. {verdict}\n")
+    write_text(files[2], f"{table}\n\nFloor: {floor:.2f}. {says}\n")
     write_text(files[3], json.dumps(facts, indent=1))
     return files

@@ -108,3 +108,47 @@ def _summary(seconds: list[float], images: int) -> Latency:
         batch_size=images,
         spread=(max(seconds) - min(seconds)) / median,
     )
+
+
+def part_shares(
+    fn: Callable[[], object],
+    parts: Mapping[str, tuple[Any, str]],
+    *,
+    repeats: int = 3,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """Tell which share of a function's time goes to its parts: to certain methods of certain objects.
+
+    On CUDA each part's end is waited for, so the function itself runs slower here: take shares, and the whole
+    time from :func:`compare`.
+
+    Args:
+        fn: what is timed.
+        parts: (object, name of its method) by the part's name, none within another; a module's part is its
+            "forward".
+        repeats: timed calls after an untimed one, at least 1.
+        device: where the work is done.
+
+    Returns:
+        Each part's share in 0 to 1, over all repeats; what is left to 1 is neither's.
+    """
+    where = torch.device(device)
+    spent: dict[str, float] = dict.fromkeys(parts, 0.0)
+
+    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            box: list[Any] = []
+            spent[name] += time_once(lambda: box.append(method(*args, **kwargs)), where)
+            return box[0]
+
+        return call
+
+    fn()
+    try:
+        for name, (owner, method) in parts.items():
+            setattr(owner, method, timed(name, getattr(owner, method)))
+        whole = sum(time_once(fn, where) for _ in range(repeats))
+    finally:
+        for owner, method in parts.values():
+            vars(owner).pop(method, None)  # the class's own method shows again
+    return {name: seconds / max(whole, 1e-9) for name, seconds in spent.items()}

@@ -1,7 +1,7 @@
-"""Distances between two sets of features: how far what a model draws lies from what it was shown.
+"""The Fréchet distance between two sets of features: how far what a model draws lies from what it was shown.
 
-All of them take features, not images, so that any feature network serves. They are sums over whole sets
-and are taken in float64 on the CPU.
+It takes features, not images, so that any feature network serves: Inception's make it the FID, DINOv2's
+the FD-DINOv2. Sums over whole sets are taken in float64 on the CPU, batch by batch where need be.
 """
 
 from __future__ import annotations
@@ -14,7 +14,76 @@ from torch import Tensor
 from lediflow.errors import UserError
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+class Moments:
+    """Count, mean and covariance of features that come batch by batch, and of several such together.
+
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
+    (1979): no sum of squares is ever subtracted from another, so nothing cancels.
+
+    Attributes:
+        count: samples so far.
+        mean: (D,), float64.
+        scatter: sum of the outer products of the deviations, (D, D), float64.
+    """
+
+    def __init__(self, dimensions: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(dimensions, dtype=torch.float64)
+        self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, features: Tensor, batch_size: int = 8192) -> Moments:
+        """Return the moments of features (N, D), of which only a batch at a time is held in float64."""
+        moments = cls(features.shape[-1])
+        for batch in features.split(batch_size):
+            moments.update(batch)
+        return moments
+
+    def update(self, features: Tensor) -> Moments:
+        """Add a batch of features (B, D), any float type; return self.
+
+        Raises:
+            UserError: another number of dimensions, or a feature that is not finite.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise UserError(f"these moments take features (B, {len(self.mean)}), not {tuple(features.shape)}")
+        features = features.detach().to("cpu", torch.float64)
+        if not features.isfinite().all():
+            raise UserError(
+                "some features are not finite numbers: the model that drew these images has diverged"
+            )
+        if len(features):
+            batch = Moments(len(self.mean))
+            batch.count, batch.mean = len(features), features.mean(dim=0)
+            centred = features - batch.mean
+            batch.scatter = centred.T @ centred
+            self.merge(batch)
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add what `other`, of another batch or process, has seen; return self."""
+        count = self.count + other.count
+        if other.count:
+            delta = other.mean - self.mean
+            between = delta.outer(delta) * (self.count * other.count / count)
+            self.scatter = self.scatter + other.scatter + between
+            self.mean = self.mean + delta * (other.count / count)
+            self.count = count
+        return self
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D) over count - 1, float64.
+
+        Raises:
+            UserError: fewer than 2 samples.
+        """
+        if self.count < 2:
+            raise UserError(f"a Fréchet distance needs at least 2 samples of each set, not {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     """Return the (squared) Fréchet distance between Gaussians fitted to two sets of features.
 
     ``|μa - μb|² + Tr(Σa + Σb - 2 (Σa Σb)^½)``, with the covariances over n - 1: Dowson and Landau,
@@ -30,8 +99,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     :func:`frechet_at_count` and :func:`frechet_floor` do.
 
     Args:
-        a: features (N, D), N at least 2, any float type.
-        b: features (M, D), M at least 2.
+        a: features (N, D), N at least 2, any float type; or their moments.
+        b: features (M, D), M at least 2; or their moments.
 
     Returns:
         The distance, at least 0, in the squared unit of the features.
@@ -43,24 +112,48 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         UserWarning: if a set has fewer than D + 1 samples. Its covariance is then singular, and the
             distance says more about the count than about the images.
     """
-    mean_a, covariance_a = _gaussian(a)
-    mean_b, covariance_b = _gaussian(b)
-    if mean_a.shape != mean_b.shape:
+    first, second = _moments(a), _moments(b)
+    if first.mean.shape != second.mean.shape:
         raise UserError(
-            f"the two sets of features have {len(mean_a)} and {len(mean_b)} dimensions; "
+            f"the two sets of features have {len(first.mean)} and {len(second.mean)} dimensions; "
             "take both with the same feature network"
         )
-    fewest, dimensions = min(len(a), len(b)), len(mean_a)
+    covariances = first.covariance, second.covariance
+    fewest, dimensions = min(first.count, second.count), len(first.mean)
     if fewest < dimensions + 1:
         warnings.warn(
             f"{fewest} samples do not determine a covariance in {dimensions} dimensions, "
             f"so this Fréchet distance misleads; use at least {dimensions + 1}, better ten times as many",
             stacklevel=2,
         )
-    cross = torch.linalg.svdvals(_root(covariance_a) @ _root(covariance_b)).sum()
-    distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
+    cross = torch.linalg.svdvals(_root(covariances[0]) @ _root(covariances[1])).sum()
+    traces = covariances[0].trace() + covariances[1].trace()
     # Rounding can put the distance of a set to itself at -1e-14.
-    return max(0.0, distance.item())
+    return max(0.0, ((first.mean - second.mean).square().sum() + traces - 2 * cross).item())
+
+
+def frechet_replicates(samples: Tensor, reference: Moments, counts: Tensor) -> Tensor:
+    """Return the Fréchet distance of resampled samples to one reference, for bootstrap intervals.
+
+    Args:
+        samples: features (N, D), any float type.
+        reference: moments of the real set.
+        counts: how often each sample is in each replicate, (R, N), as `bootstrap.resampled` draws them.
+
+    Returns:
+        (R,), float64.
+    """
+    samples, root = samples.detach().to("cpu", torch.float64), _root(reference.covariance)
+    distances = torch.empty(len(counts), dtype=torch.float64)
+    for i, weight in enumerate(counts):
+        mean = weight @ samples / weight.sum()
+        centred = (samples - mean) * weight.sqrt()[:, None]
+        covariance = centred.T @ centred / (weight.sum() - 1)
+        # the eigenvalues' roots are the singular values of frechet_distance, at half the digits and the cost
+        cross = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
+        traces = covariance.trace() + reference.covariance.trace()
+        distances[i] = (mean - reference.mean).square().sum() + traces - 2 * cross
+    return distances
 
 
 def frechet_at_count(samples: Tensor, reference: Tensor, *, count: int, seed: int) -> float:
@@ -127,18 +220,12 @@ def frechet_floor(train: Tensor, held_out: Tensor, *, count: int | None = None, 
     return frechet_at_count(held_out, train, count=len(held_out) if count is None else count, seed=seed)
 
 
-def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean (D,) and the covariance (D, D) over n - 1 of features (N, D), in float64."""
-    if features.ndim != 2 or len(features) < 2:
-        raise UserError(
-            f"a Fréchet distance needs features (N, D) of at least 2 samples, not {tuple(features.shape)}"
-        )
-    features = features.detach().to("cpu", torch.float64)
-    if not features.isfinite().all():
-        raise UserError("some features are not finite numbers: the model that drew these images has diverged")
-    mean = features.mean(dim=0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+def _moments(features: Tensor | Moments) -> Moments:
+    if isinstance(features, Moments):
+        return features
+    if features.ndim != 2:
+        raise UserError(f"a Fréchet distance needs features (N, D), not {tuple(features.shape)}")
+    return Moments.of(features)
 
 
 def _root(covariance: Tensor) -> Tensor:

@@ -36,12 +36,16 @@ class Point:
         nfe: network evaluations for one image, the prior's included.
         ms_per_image: time for one image in milliseconds, above 0.
         value: the metric, above 0; lower is better.
+        low: lower end of its interval; None for none.
+        high: upper end.
     """
 
     steps: int
     nfe: int
     ms_per_image: float
     value: float
+    low: float | None = None
+    high: float | None = None
 
 
 def image_grid(
@@ -142,6 +146,8 @@ def quality_plot(
 ) -> Path:
     """Write two panels: the metric against steps, and the same points against the time for one image.
 
+    The second shows the Pareto front too, as a broad grey line: the points that nothing beats in both.
+
     Args:
         curves: points by the model's name, at least one each; they are drawn in the order of steps.
         path: file to write, ``.png`` or ``.svg``. Missing folders are made.
@@ -177,6 +183,12 @@ def quality_plot(
         by_steps.plot([point.steps for point in ordered], values, label=name, **style)
         by_time.plot([point.ms_per_image for point in ordered], values, **style)
         for point in ordered:
+            if point.low is not None and point.high is not None:
+                # a logarithmic axis has no place for an end at 0
+                ends = [max(point.low, point.value / 20), point.high]
+                by_steps.plot([point.steps] * 2, ends, color=colour, linewidth=1)
+                by_time.plot([point.ms_per_image] * 2, ends, color=colour, linewidth=1)
+        for point in ordered:
             by_time.annotate(
                 str(point.steps),
                 (point.ms_per_image, point.value),
@@ -185,6 +197,10 @@ def quality_plot(
                 fontsize=8,
                 color=colour,
             )
+    front = pareto_front(points)
+    by_time.plot(
+        [p.ms_per_image for p in front], [p.value for p in front], color="#D0D0D0", linewidth=7, zorder=0
+    )
     _log_axes(by_steps, by_time, points, floor)
     by_steps.set(xlabel="solver steps", ylabel=f"{metric} (lower is better)")
     by_time.tick_params(axis="y", length=0)
@@ -196,6 +212,51 @@ def quality_plot(
     with written_whole(path) as unfinished, rc_context({"svg.hashsalt": "lediflow"}):
         figure.savefig(unfinished, dpi=160, metadata=fixed)
     return path
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other beats in both time and value, fastest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.ms_per_image, p.value)):
+        if not front or point.value < front[-1].value:
+            front.append(point)
+    return front
+
+
+def verdict(lediflow: Sequence[Point], baseline: Sequence[Point]) -> str:
+    """Say what LeDiFlow needs to be at least as good as the best of plain flow matching.
+
+    Where a faster point of the baseline lies within the interval of its best, that is said too: the best may
+    be the best by chance, and the saving against it too large.
+    """
+    best = min(baseline, key=lambda point: point.value)
+    equal = [point for point in lediflow if point.value <= best.value]
+    if not equal:
+        return (
+            f"LeDiFlow does not reach the best of flow matching ({best.value:.3g} at {_steps(best)}) "
+            "at any step count."
+        )
+    fastest = min(equal, key=lambda point: point.ms_per_image)
+    return (
+        f"LeDiFlow with {_steps(fastest)} ({fastest.value:.3g}) is at least as good as the best of flow "
+        f"matching ({best.value:.3g} at {_steps(best)}) in {fastest.ms_per_image:.2f} instead of "
+        f"{best.ms_per_image:.2f} ms per image: {best.ms_per_image / fastest.ms_per_image:.1f} times "
+        "the speed." + _nearly_best(baseline, best)
+    )
+
+
+def _nearly_best(baseline: Sequence[Point], best: Point) -> str:
+    near = [p for p in baseline if best.high is not None and p.value <= best.high]
+    if not near or (soonest := min(near, key=lambda p: p.ms_per_image)) is best:
+        return ""
+    return (
+        f" Flow matching is within the interval of its best already with {_steps(soonest)} "
+        f"({soonest.value:.3g}) in {soonest.ms_per_image:.2f} ms."
+    )
+
+
+def _steps(point: Point) -> str:
+    return f"{point.steps} step{'s' if point.steps > 1 else ''}"
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -1,0 +1,144 @@
+"""From a model and its data to a diagnosis: diagnostics.py measures, findings.py judges."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lediflow.errors import UserError
+from lediflow.evaluation import diagnostics as d
+from lediflow.evaluation.findings import findings, verdict
+from lediflow.evaluation.measure import in_pixels
+from lediflow.evaluation.reference import RealImages
+from lediflow.pipelines.base import load_pipeline
+from lediflow.pipelines.flow_matching import FlowMatchingPipeline
+from lediflow.pipelines.lediflow import LeDiFlowPipeline
+from lediflow.training.processes import check_device
+
+FEWEST = 50  # images of each kind
+PATHS = 64
+
+
+def diagnose(
+    model: str | Path,
+    data: str,
+    *,
+    validation: str | None = None,
+    num_images: int = 512,
+    latent_steps: int = 4,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Measure whether the learned prior of a model helps, and why not where it does not.
+
+    Args:
+        model: run folder or pipeline of LeDiFlow. Where RUN/baseline is trained, its paths stand beside.
+        data: DATASET the model was trained on.
+        validation: DATASET of held-out images; None for that split of `data`, else other training images.
+        num_images: images of each kind, at least 50.
+        latent_steps: solver steps of the latent sampler.
+        seed: of all noise.
+        batch_size: images at a time.
+        device: "cpu", "cuda" or "mps"; None for the best there is.
+
+    Returns:
+        {"numbers": what was measured, "findings": a list of `Finding` as dicts, "verdict": a sentence}.
+
+    Raises:
+        UserError: plain flow matching, a codec's latents, too few images, or a model or dataset not there.
+    """
+    where = check_device(device)
+    pipeline = load_pipeline(model).to(where)
+    if not isinstance(pipeline, LeDiFlowPipeline):
+        raise UserError(f"{model} is plain flow matching: it has no learned prior to diagnose")
+    if not in_pixels(pipeline) or getattr(pipeline.config, "latent_space", None):
+        raise UserError(f"{model} works on a codec's latents; only models of pixels can be diagnosed")
+    if num_images < FEWEST or batch_size < 1:
+        raise UserError(
+            f"a diagnosis needs at least {FEWEST} images (num_images) and a batch_size of at least 1"
+        )
+    train, unseen = _images(pipeline, data, validation, num_images)
+    with torch.no_grad():
+        numbers = _numbers(pipeline, _baseline(model, where), train, unseen, latent_steps, seed, batch_size)
+    found = findings(numbers)
+    return {
+        "model": str(model),
+        "data": data,
+        "images": len(unseen),
+        "numbers": numbers,
+        "findings": [asdict(finding) for finding in found],
+        "verdict": verdict(numbers, found),
+    }
+
+
+def _numbers(
+    pipeline: LeDiFlowPipeline,
+    baseline: FlowMatchingPipeline | None,
+    train: RealImages,
+    unseen: RealImages,
+    latent_steps: int,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    auxiliary, where = pipeline.auxiliary, pipeline.device
+    at = {"batch_size": batch_size, "device": where}
+    y_train, _, z_train = d.encode(auxiliary, train, seed=seed, **at)
+    y, posterior, z = d.encode(auxiliary, unseen, seed=seed + 1, **at)
+    prior, prior_train = d.decode(auxiliary, z, **at), d.decode(auxiliary, z_train, **at)
+    sampled = {
+        name: d.sampled_latents(pipeline, len(z), steps=steps, seed=seed, batch_size=batch_size)
+        for name, steps in (("sampled", latent_steps), ("sampled_many", d.MANY_LATENT_STEPS))
+    }
+    mean, std = auxiliary.latent_mean.cpu(), auxiliary.latent_std.cpu()
+    some = sampled["sampled"][:PATHS] * std + mean
+    numbers = {
+        "transport": d.transport(y, prior),
+        "calibration": d.calibration(y, prior),
+        "calibration_train": d.calibration(y_train, prior_train),
+        "sigma": d.sigma_floor(prior),
+        "channels": d.channels(posterior),
+        "latent_steps": latent_steps,
+        "latent_gap": d.latent_gap((z_train - mean) / std, (z - mean) / std, sampled),
+        "curvature": d.prior_curvature(pipeline, some, seed=seed, batch_size=batch_size),
+    }
+    if baseline is not None:
+        numbers["baseline_curvature"] = d.gaussian_curvature(
+            baseline, y.shape[1:], len(some), seed=seed, batch_size=batch_size
+        )
+    return numbers
+
+
+def _images(
+    pipeline: LeDiFlowPipeline, data: str, validation: str | None, num_images: int
+) -> tuple[RealImages, RealImages]:
+    """Return training images and held-out ones, at the model's size."""
+    config = pipeline.auxiliary.config
+    side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    shape = (config.in_channels, side, side)
+    train = RealImages(data, "train", shape, num_images)
+    try:
+        unseen = (
+            RealImages(validation, "train", shape, num_images)
+            if validation
+            else RealImages(data, "validation", shape, num_images)
+        )
+    except UserError as error:
+        raise UserError(f"{error}. A diagnosis needs held-out images: give --validation DATASET") from None
+    if min(len(train), len(unseen)) < FEWEST:
+        raise UserError(
+            f"a diagnosis needs at least {FEWEST} training and as many held-out images, "
+            f"not {len(train)} and {len(unseen)}"
+        )
+    return train, unseen
+
+
+def _baseline(model: str | Path, device: torch.device) -> FlowMatchingPipeline | None:
+    folder = Path(model) / "baseline"
+    if not (folder / "pipeline" / "model_index.json").is_file():
+        return None
+    pipeline = load_pipeline(folder).to(device)
+    return pipeline if isinstance(pipeline, FlowMatchingPipeline) else None

@@ -1,0 +1,262 @@
+"""A whole evaluation on a run of six steps, and what it keeps."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lediflow.errors import UserError
+from lediflow.evaluation import evaluate as module
+from lediflow.evaluation.evaluate import evaluate
+from lediflow.evaluation.evaluation_report import quality_table, speed_table, verdicts
+from lediflow.evaluation.feature_networks import ClassifierFeatures
+from lediflow.evaluation.features import SmallClassifier
+from lediflow.evaluation.measure import Request, copies, distances, reconstruct, timings
+from lediflow.evaluation.reference import RealFeatures
+from lediflow.evaluation.settings import Settings
+from lediflow.pipelines.base import load_pipeline
+
+SMALL = {
+    "data": "digits",
+    "steps": (1, 2),
+    "features": ("classifier",),
+    "num_images": 70,
+    "reference_images": 200,
+    "batch_size": 16,
+    "bootstrap": 8,
+    "classifier_steps": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_run, tmp_path_factory):
+    """An evaluation of both models of the tiny run, its folder and its cache."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    models = [str(tiny_run), str(tiny_run / "baseline")]
+    results = evaluate(models, Settings(**SMALL), folder / "out", cache=folder / "cache", device="cpu")
+    return SimpleNamespace(results=results, models=models, out=folder / "out", cache=folder / "cache")
+
+
+def test_one_record_for_each_model_solver_and_steps(measured):
+    results = json.loads((measured.out / "results.json").read_text())
+    assert results == json.loads(json.dumps(measured.results))
+    assert [(r["model"], r["solver"], r["steps"]) for r in results["rows"]] == [
+        ("tiny", "midpoint", 1),
+        ("tiny", "midpoint", 2),
+        ("tiny/baseline", "midpoint", 1),
+        ("tiny/baseline", "midpoint", 2),
+    ]
+    first, last = results["rows"][0], results["rows"][-1]
+    assert first["nfe"] == {"sampler": 8, "decoder": 1, "flow": 2}
+    assert last["nfe"] == {"flow": 4}
+    common = {
+        f"classifier/{name}"
+        for name in ("mmd", "kernel", "frechet", "precision", "density", "recall", "coverage", "copies")
+    }
+    assert set(last["metrics"]) == common
+    assert set(first["metrics"]) == common | {"reconstruction/psnr", "reconstruction/ssim"}
+    for row in results["rows"]:
+        for estimate in row["metrics"].values():
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+        ms = row["ms_per_image"]
+        assert sum(v for k, v in ms.items() if k != "total") == pytest.approx(ms["total"])
+        assert set(ms) == {"total", "other", *row["nfe"]}
+        assert row["images_per_second"] == pytest.approx(1000 / ms["total"])
+
+
+def test_untrained_models_are_far_from_the_floor(measured):
+    floor = measured.results["real"][0]["floor"]["classifier/frechet"]
+    for row in measured.results["rows"]:
+        assert row["metrics"]["classifier/frechet"]["low"] > floor["high"]
+        assert row["metrics"]["classifier/mmd"]["low"] > 0
+
+
+def test_report_holds_its_pictures_and_every_number(measured):
+    page = (measured.out / "report.html").read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) >= 6, "plots, a grid for each model, closest images for each model"
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in page
+    table = (measured.out / "table.md").read_text()
+    for row in measured.results["rows"]:
+        assert f"{row['ms_per_image']['total']:.2f}" in table
+        assert f"{row['metrics']['classifier/frechet']['value']:.3g}" in page
+    assert "70 real images, 16 px" in table
+    assert "8 sampler + 1 decoder + 2 flow" in table
+
+
+def test_what_was_measured_is_not_measured_again(measured, monkeypatch):
+    calls = []
+    features, times = module.generated_features, module.timings
+    monkeypatch.setattr(module, "generated_features", lambda *a: calls.append(a[1].steps) or features(*a))
+    monkeypatch.setattr(module, "timings", lambda rows: calls.append("times") or times(rows))
+    again = evaluate(measured.models, Settings(**SMALL), measured.out, cache=measured.cache, device="cpu")
+    assert calls == []
+    assert again == measured.results
+    more = Settings(**SMALL | {"steps": (1, 2, 4)})
+    evaluate(measured.models[:1], more, measured.out, cache=measured.cache, device="cpu")
+    assert calls == [4, "times"]
+
+
+def test_a_killed_evaluation_goes_on_with_the_rows_it_has(measured, monkeypatch, tmp_path):
+    out = shutil.copytree(measured.out, tmp_path / "out")
+    rows = sorted(p for p in (out / "rows").glob("*.json") if not p.name.startswith("times"))
+    rows[0].write_text("{half")
+    for path in out.glob("rows/times-*"):
+        path.unlink()
+    calls = []
+    features = module.generated_features
+    monkeypatch.setattr(module, "generated_features", lambda *a: calls.append(1) or features(*a))
+    again = evaluate(measured.models, Settings(**SMALL), out, cache=measured.cache, device="cpu")
+    assert len(calls) == 1
+    assert [r["metrics"] for r in again["rows"]] == [r["metrics"] for r in measured.results["rows"]]
+
+
+def test_two_processes_measure_what_one_does(measured, tmp_path):
+    arguments = [
+        "evaluate",
+        *measured.models,
+        "--data",
+        "digits",
+        "--features",
+        "classifier",
+        "--steps",
+        "1,2",
+    ]
+    arguments += ["-n", "70", "--reference-images", "200", "--batch-size", "16", "--bootstrap", "8"]
+    arguments += ["--classifier-steps", "10", "--device", "cpu", "--output", str(tmp_path / "out")]
+    arguments += ["--cache", str(measured.cache), "--json"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*launch, "-m", "lediflow", *arguments], capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    both = json.loads(result.stdout)
+    for ours, theirs in zip(measured.results["rows"], both["rows"], strict=True):
+        for name, estimate in ours["metrics"].items():
+            assert theirs["metrics"][name]["value"] == pytest.approx(estimate["value"], rel=1e-4, abs=1e-6)
+
+
+def test_notes_say_where_counts_mislead(tiny_run, measured, tmp_path):
+    settings = Settings(**SMALL | {"steps": (1,), "num_images": 320, "bootstrap": 0})
+    results = evaluate([str(tiny_run)], settings, tmp_path, cache=measured.cache, device="cpu")
+    notes = " ".join(results["notes"])
+    assert "only 200 real images stand against 320" in notes
+    assert "the floor is measured with 200" in notes
+    estimate = results["rows"][0]["metrics"]["classifier/frechet"]
+    assert estimate["low"] == estimate["high"]
+    few = Settings(**SMALL | {"steps": (1,), "num_images": 40})
+    results = evaluate([str(tiny_run)], few, tmp_path, cache=measured.cache, device="cpu")
+    assert any("40 samples do not determine a covariance" in note for note in results["notes"])
+
+
+def test_default_features_fall_back_to_the_classifier_and_say_so(tiny_run, measured, monkeypatch, tmp_path):
+    def unreachable(name, revision):
+        raise UserError(f"{name} is not cached here")
+
+    monkeypatch.setattr("lediflow.evaluation.feature_networks._check_reachable", unreachable)
+    settings = Settings(**SMALL | {"steps": (1,), "features": ()})
+    results = evaluate([str(tiny_run)], settings, tmp_path, cache=measured.cache, device="cpu")
+    assert results["features"][0]["headline"] == "classifier/frechet"
+    assert any("small classifier" in note and "not cached here" in note for note in results["notes"])
+
+
+def test_mistakes(tiny_run, measured, tmp_path):
+    def refused(match, models=(str(tiny_run),), **changes):
+        with pytest.raises(UserError, match=match):
+            evaluate(models, Settings(**SMALL | changes), tmp_path, cache=measured.cache, device="cpu")
+
+    refused("did you mean 'midpoint'", solvers=("midpont",))
+    refused("steps must be at least 1", steps=(0,))
+    refused("unknown dtype", dtype="int8")
+    refused("at least 10 images", num_images=3)
+    refused("given twice", models=(str(tiny_run), str(tiny_run)))
+    refused("no model", models=("/nowhere/run",))
+    refused("cannot load the network", features=(str(tmp_path),))
+
+
+def test_distances_by_hand_and_without_replicates():
+    torch.manual_seed(0)
+    network = ClassifierFeatures(SmallClassifier(1, 2), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(300, 4, generator=generator)
+    same = distances(network, real.clone(), RealFeatures.of(real), replicates=0, seed=0)
+    assert same["frechet"].value == pytest.approx(0, abs=1e-6)
+    assert same["precision"].value == same["recall"].value == same["coverage"].value == 1
+    apart = distances(network, real + 3, RealFeatures.of(real), replicates=20, seed=0)
+    assert apart["frechet"].value == pytest.approx(36, rel=1e-3)
+    assert apart["frechet"].low < 36 < apart["frechet"].high
+    assert apart["coverage"].value < 0.05
+
+
+def test_copies_are_found_and_named():
+    generator = torch.Generator().manual_seed(0)
+    train, unseen, new = (torch.randn(200, 3, generator=generator) for _ in range(3))
+    generated = torch.cat([new[:150], train[50:100]])
+    share, closest = copies(generated, RealFeatures.of(train), unseen, replicates=10, seed=0)
+    assert 0.25 <= share.value < 0.35
+    assert all(c["training_image"] == c["image"] - 100 for c in closest), "rows 150 to 199 copy 50 to 99"
+
+
+def test_reconstruction_at_many_steps_is_the_flow_run_by_hand(tiny_run):
+    pipeline = load_pipeline(tiny_run)
+    y = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    request = Request("euler", 1, 1, 1, 3, 2, "fp32")
+    from lediflow.sources import image_noise
+
+    with torch.no_grad():
+        z = pipeline.auxiliary.encode(y).mean
+        x = pipeline.auxiliary.decode(z).at(image_noise((1, 16, 16), seed=3, indices=range(5), stream="x"))
+        expected = (x + pipeline.flow(x, torch.zeros(()), z)).clamp(-1, 1)
+    torch.testing.assert_close(reconstruct(pipeline, y, request), expected, atol=1e-5, rtol=0)
+
+
+def test_timings_count_evaluations_of_each_row(tiny_run):
+    pipeline = load_pipeline(tiny_run)
+    pipeline.set_progress_bar_config(disable=True)
+    rows = [(pipeline, Request("midpoint", steps, 2, 4, 0, 4, "fp32")) for steps in (1, 3)]
+    found = timings(rows)
+    assert [f["nfe"] for f in found] == [
+        {"sampler": 4, "decoder": 1, "flow": 2},
+        {"sampler": 4, "decoder": 1, "flow": 6},
+    ]
+    assert all(f["ms_per_image"][part] > 0 for f in found for part in ("total", "flow", "sampler", "decoder"))
+
+
+def _row(model, kind, steps, ms, value):
+    return {
+        "model": model,
+        "kind": kind,
+        "solver": "heun3",
+        "steps": steps,
+        "nfe": {"flow": 3 * steps},
+        "ms_per_image": {"total": ms, "flow": ms, "other": 0.0},
+        "images_per_second": 1000 / ms,
+        "metrics": {"f/mmd": {"value": value, "low": value - 0.5, "high": value + 0.5}},
+    }
+
+
+def test_tables_and_verdicts_of_given_rows():
+    results = {
+        "models": [{"name": n, "shape": [3, 8, 8]} for n in ("a", "b")],
+        "rows": [
+            _row("a", "LeDiFlowPipeline", 1, 2.0, 3.0),
+            _row("a", "LeDiFlowPipeline", 2, 4.0, 1.0),
+            _row("b", "FlowMatchingPipeline", 4, 12.0, 2.0),
+        ],
+        "real": [{"shape": [3, 8, 8], "floor": {}, "floor_images": 0}],
+    }
+    (says,) = verdicts(results, "f/mmd")
+    assert "LeDiFlow with 2 steps (1)" in says
+    assert "in 4.00 instead of 12.00 ms per image: 3.0 times the speed" in says
+    assert "| a     | heun3  |     2 | 6 flow      |       4.00 |" in speed_table(results, "f/mmd")
+    assert "1 [0.5, 1.5]" in quality_table(results)
+    results["models"][1]["shape"] = [3, 16, 16]
+    assert verdicts(results, "f/mmd") == [], "models of another size do not compare"

@@ -1,0 +1,141 @@
+"""Every verdict, on numbers that call for it, and a whole diagnosis of a tiny run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from lediflow.errors import UserError
+from lediflow.evaluation.diagnose import diagnose
+from lediflow.evaluation.findings import findings, verdict
+
+NEAR = {"mmd": 0.0, "share": 0.0, "density": 1.0, "coverage": 0.96}
+GOOD = {
+    "transport": {"learned": 0.05, "gaussian": 1.24, "per_pixel_gaussian": 0.4},
+    "calibration": {"residual_std": 1.0, "within_1_sigma": 0.68, "within_2_sigma": 0.95, "nll": -1.0},
+    "calibration_train": {"residual_std": 1.0, "within_1_sigma": 0.68, "within_2_sigma": 0.95, "nll": -1.0},
+    "sigma": {"share_at_floor": 0.0, "floor": 0.011, "median": 0.1},
+    "channels": [{"kl": 20.0, "spread": 0.8, "signal": 0.9}, {"kl": 30.0, "spread": 0.9, "signal": 0.95}],
+    "latent_steps": 4,
+    "latent_gap": {
+        "unseen": NEAR,
+        "gaussian": NEAR | {"share": 1.0},
+        "sampled": NEAR,
+        "sampled_many": NEAR,
+        "noise": 0.01,
+    },
+    "curvature": {
+        "error": {"1": 2.0, "2": 1.0, "4": 0.5, "8": 0.1, "euler_1": 9.0},
+        "length": 20.0,
+        "straightness": 0.1,
+        "profile": [0.1] * 8,
+    },
+}
+
+
+def _judged(**changes):
+    """The findings on good numbers with some changed, by the key of the change."""
+    numbers = copy.deepcopy(GOOD)
+    for key, value in changes.items():
+        numbers[key] = value if isinstance(value, list) or key not in numbers else numbers[key] | value
+    return numbers, findings(numbers)
+
+
+def test_good_numbers_are_good_and_nothing_is_to_be_changed():
+    numbers, found = _judged()
+    assert [f.grade for f in found] == ["good"] * 7
+    assert not any(f.change for f in found)
+    assert "24.8 times nearer" in verdict(numbers, found)
+    assert "Nothing stands out" in verdict(numbers, found)
+
+
+def _gap(**sampled):
+    return {"sampled": NEAR | sampled, "sampled_many": NEAR | sampled}
+
+
+@pytest.mark.parametrize(
+    ("which", "changes", "grade", "advice"),
+    [
+        (0, {"transport": {"learned": 0.9}}, "poor", "lower beta or enlarge z"),
+        (0, {"transport": {"learned": 0.3}}, "fair", "Lower beta"),
+        (1, {"calibration": {"residual_std": 1.6}}, "poor", "fewer steps"),
+        (1, {"calibration": {"residual_std": 1.2}}, "fair", "higher beta"),
+        (
+            1,
+            {"calibration": {"residual_std": 0.8}, "calibration_train": {"residual_std": 0.8}},
+            "fair",
+            "Train the auxiliary stage longer",
+        ),
+        (2, {"sigma": {"share_at_floor": 0.05}}, "fair", "raise beta"),
+        (2, {"sigma": {"share_at_floor": 0.5}}, "poor", "raise beta"),
+        (3, {"channels": [{"kl": 0.0, "spread": 0.0, "signal": 0.0}] * 2}, "poor", "Lower beta"),
+        (
+            3,
+            {"channels": [GOOD["channels"][0], {"kl": 0.0, "spread": 0.001, "signal": 0.0}]},
+            "fair",
+            "fewer auxiliary.latent_channels",
+        ),
+        (3, {"channels": [{"kl": 99.0, "spread": 1.0, "signal": 0.999}] * 2}, "fair", "Raise beta"),
+        (4, {"latent_gap": _gap(density=0.75)}, "fair", "sampler stage longer"),
+        (4, {"latent_gap": _gap(density=0.4)}, "poor", "sampler stage longer"),
+        (4, {"latent_gap": _gap(share=0.5)}, "poor", "sampler stage longer"),
+        (4, {"latent_gap": {"sampled": NEAR | {"density": 0.5}}}, "fair", "--latent-steps"),
+        (5, {"curvature": {"error": {"1": 9, "2": 6, "4": 2, "8": 1, "euler_1": 9}}}, "fair", "--steps 4"),
+        (
+            5,
+            {"curvature": {"error": dict.fromkeys(("1", "2", "4", "8", "euler_1"), 9)}},
+            "poor",
+            "flow stage",
+        ),
+        (6, {"curvature": {"straightness": 0.9}}, "fair", ""),
+        (
+            6,
+            {"baseline_curvature": {"error": {"1": 30.0}, "straightness": 0.01, "length": 50.0}},
+            "poor",
+            "improve the prior",
+        ),
+    ],
+)
+def test_bad_numbers_are_named_with_what_to_change(which, changes, grade, advice):
+    numbers, found = _judged(**changes)
+    assert [f.grade for i, f in enumerate(found) if i != which] == ["good"] * 6
+    assert found[which].grade == grade
+    assert advice in found[which].change
+    assert found[which].name in verdict(numbers, found)
+
+
+def test_a_prior_worse_than_noise_is_called_so():
+    numbers, found = _judged(transport={"learned": 2.0})
+    assert found[0].grade == "poor"
+    assert "does not help" in verdict(numbers, found)
+
+
+def test_a_tiny_run_on_digits(tiny_run):
+    result = diagnose(tiny_run, "digits", num_images=60, latent_steps=1, device="cpu")
+    assert result["images"] == 60
+    assert len(result["findings"]) == 7
+    numbers = result["numbers"]
+    assert numbers["transport"]["gaussian"] > 1
+    assert len(numbers["channels"]) == 4
+    assert set(numbers["curvature"]) == set(numbers["baseline_curvature"])
+    again = diagnose(tiny_run, "digits", num_images=60, latent_steps=1, device="cpu")
+    assert again == result, "the same seeds give the same numbers"
+    alone = diagnose(tiny_run / "pipeline", "digits", num_images=60, latent_steps=1, device="cpu")
+    assert "baseline_curvature" not in alone["numbers"]
+    assert alone["numbers"]["transport"] == numbers["transport"]
+
+
+def test_mistakes(tiny_run, tmp_path):
+    from PIL import Image
+
+    with pytest.raises(UserError, match="no learned prior"):
+        diagnose(tiny_run / "baseline", "digits", device="cpu")
+    with pytest.raises(UserError, match="at least 50"):
+        diagnose(tiny_run, "digits", num_images=10, device="cpu")
+    for i in range(3):
+        Image.new("L", (16, 16), 80 * i).save(tmp_path / f"{i}.png")
+    with pytest.raises(UserError, match="give --validation"):
+        diagnose(tiny_run, str(tmp_path), device="cpu")
+    with pytest.raises(UserError, match="not 3 and 3"):
+        diagnose(tiny_run, str(tmp_path), validation=str(tmp_path), device="cpu")
