@@ -128,3 +128,15 @@ def test_labels_are_left_out_as_often_as_asked():
     dropped = given == 10
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert torch.equal(given[~dropped], labels[~dropped])
+
+
+def test_a_model_with_classes_is_diagnosed_and_evaluated(pipe):
+    """Real images are reconstructed without a class; sampled latents take the classes in turn."""
+    from lediflow.evaluation.diagnostics import prior_curvature, sampled_latents
+    from lediflow.evaluation.measure import Request, reconstruct
+
+    z = sampled_latents(pipe, 3, steps=1, seed=0, batch_size=2)
+    assert z.shape == (3, 4, 4, 4)
+    assert prior_curvature(pipe, z, seed=0, batch_size=2)["length"] > 0
+    request = Request("euler", steps=1, latent_steps=1, num_images=3, seed=0, batch_size=2, dtype="fp32")
+    assert reconstruct(pipe, torch.zeros(3, 1, 16, 16), request).shape == (3, 1, 16, 16)

@@ -21,6 +21,7 @@ from lediflow.evaluation.reference import RealImages
 from lediflow.gaussian import DiagonalGaussian
 from lediflow.networks.auxiliary import PRIOR_LOG_VAR, AuxiliaryModel
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
+from lediflow.pipelines.guidance import velocity_field
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.sources import image_noise
 
@@ -234,29 +235,39 @@ def sampled_latents(
     """Return z of the latent sampler, standardised, (count, c, h, w), on the CPU."""
     ends = []
     for start in range(0, count, batch_size):
+        indices = range(start, min(start + batch_size, count))
         w = image_noise(
             pipeline.auxiliary.latent_shape,
             seed=seed,
-            indices=range(start, min(start + batch_size, count)),
+            indices=indices,
             stream="w",
             device=pipeline.device,
         )
-        solution = ode.integrate(lambda t, state: pipeline.sampler(state, t), w, steps=steps)
+        field, _ = velocity_field(pipeline.sampler, None, pipeline.labels_of(indices, None))
+        solution = ode.integrate(field, w, steps=steps)
         ends.append(solution.end.cpu())
     return torch.cat(ends)
 
 
 def prior_curvature(pipeline: LeDiFlowPipeline, z: Tensor, *, seed: int, batch_size: int) -> dict[str, Any]:
-    """Return `curvature` of the flow from P_L at given z (N, c, h, w), not standardised."""
+    """Return `curvature` of the flow from P_L at given z (N, c, h, w), not standardised, without a class."""
     prior = decode(pipeline.auxiliary, z, batch_size=batch_size, device=pipeline.device)
     noise = image_noise(prior.mean.shape[1:], seed=seed, indices=range(len(z)), stream="x")
     z, x = z.to(pipeline.device), prior.at(noise).to(pipeline.device)
-    return curvature(lambda t, state, rows: pipeline.flow(state, t, z[rows]), x, batch_size=batch_size)
+
+    def field(t: Tensor, state: Tensor, rows: slice) -> Tensor:
+        return pipeline.flow(state, t, z[rows], pipeline.no_class(len(state)))
+
+    return curvature(field, x, batch_size=batch_size)
 
 
 def gaussian_curvature(
     pipeline: FlowMatchingPipeline, shape: Sequence[int], count: int, *, seed: int, batch_size: int
 ) -> dict[str, Any]:
-    """Return `curvature` of plain flow matching from N(0, I)."""
+    """Return `curvature` of plain flow matching from N(0, I), without a class."""
     x = image_noise(shape, seed=seed, indices=range(count), stream="x", device=pipeline.device)
-    return curvature(lambda t, state, rows: pipeline.flow(state, t), x, batch_size=batch_size)
+
+    def field(t: Tensor, state: Tensor, rows: slice) -> Tensor:
+        return pipeline.flow(state, t, None, pipeline.no_class(len(state)))
+
+    return curvature(field, x, batch_size=batch_size)

@@ -24,6 +24,7 @@ from lediflow.evaluation.ranks import in_batches
 from lediflow.evaluation.reference import RealFeatures
 from lediflow.evaluation.settings import DTYPES
 from lediflow.pipelines.base import ImagePipeline
+from lediflow.pipelines.guidance import velocity_field
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.sources import image_noise
 
@@ -215,7 +216,10 @@ def in_pixels(pipeline: LeDiFlowPipeline) -> bool:
 
 @torch.no_grad()
 def reconstruct(pipeline: LeDiFlowPipeline, y: Tensor, request: Request) -> Tensor:
-    """Return images y (N, C, H, W) in [-1, 1] after encoder, prior and flow: z is the mean of q(z|y)."""
+    """Return images y (N, C, H, W) in [-1, 1] after encoder, prior and flow: z is the mean of q(z|y).
+
+    A model with classes is asked without one.
+    """
     ends = []
     for start in range(0, len(y), request.batch_size):
         batch = y[start : start + request.batch_size].to(pipeline.device)
@@ -229,7 +233,7 @@ def reconstruct(pipeline: LeDiFlowPipeline, y: Tensor, request: Request) -> Tens
             )
             x = pipeline.auxiliary.decode(z).at(noise)
             solution = ode.integrate(
-                lambda t, state, z=z: pipeline.flow(state, t, z),
+                velocity_field(pipeline.flow, z, pipeline.no_class(len(batch)))[0],
                 x,
                 steps=request.steps,
                 solver=request.solver,

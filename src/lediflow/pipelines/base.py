@@ -89,6 +89,11 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
             return None
         return torch.tensor([turn[i % len(turn)] for i in indices], device=self.device)
 
+    def no_class(self, count: int) -> Tensor | None:
+        """Return "no class" for `count` images, (count,), or None for a model without classes."""
+        classes = self.flow.num_classes
+        return torch.full((count,), classes, device=self.device) if classes else None
+
     @torch.no_grad()
     def _request(
         self,
