@@ -108,7 +108,7 @@ def test_same_optimiser_groups(k_diffusion):
 # Files
 
 
-def slim_checkpoint(path, **changes):
+def slim_checkpoint(path, classes=0, **changes):
     """A file as k-diffusion's convert_for_inference.py writes it, with weights of our own under its names."""
     model = {
         "type": "image_transformer_v2",
@@ -124,7 +124,7 @@ def slim_checkpoint(path, **changes):
         "mapping_width": 48,
         **changes,
     }
-    sizes = {**SIZES, "widths": (32, 64), "depths": (2, 1), "kernel_size": 3}
+    sizes = {**SIZES, "widths": (32, 64), "depths": (2, 1), "kernel_size": 3, "num_classes": classes}
     ours = shaken(VelocityTransformer(**sizes, time_bias=True))
     state = {}
     for name, tensor in ours.state_dict().items():
@@ -147,9 +147,11 @@ def slim_checkpoint(path, **changes):
             name = name.replace(new, old)
         if name.startswith("mapping.blocks"):
             name = name.replace(".up.", ".up_proj.").replace(".down.", ".down_proj.")
-        name = {"patch_in.weight": "patch_in.proj.weight", "time_in.weight": "time_in_proj.weight"}.get(
-            name, name
-        )
+        name = {
+            "patch_in.weight": "patch_in.proj.weight",
+            "time_in.weight": "time_in_proj.weight",
+            "class_embedding.weight": "class_emb.weight",
+        }.get(name, name)
         state[f"inner_model.{name}"] = tensor.contiguous()
     state["inner_model.time_emb.weight"] = state.pop("inner_model.time_features.frequencies")[
         :, None
@@ -163,12 +165,15 @@ def slim_checkpoint(path, **changes):
     return ours
 
 
-def test_a_slim_checkpoint_comes_back_as_a_network(tmp_path):
-    ours = slim_checkpoint(tmp_path / "slim.safetensors")
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_slim_checkpoint_comes_back_as_a_network(tmp_path, classes):
+    ours = slim_checkpoint(tmp_path / "slim.safetensors", classes)
     loaded = load_k_diffusion(tmp_path / "slim.safetensors")
+    assert loaded.config.num_classes == classes
     x, t = torch.randn(2, 3, 32, 48), torch.rand(2)
+    labels = torch.tensor([0, classes]) if classes else None
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x, t), ours(x, t))
+        torch.testing.assert_close(loaded(x, t, None, labels), ours(x, t, None, labels))
     loaded.save_pretrained(tmp_path / "network")
     assert (tmp_path / "network" / "config.json").is_file()
 

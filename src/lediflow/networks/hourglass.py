@@ -79,14 +79,14 @@ class GEGLU(nn.Module):
 
 
 def axial_positions(grid: tuple[int, int]) -> Tensor:
-    """Return the centres (y, x) of the cells in the box [-1, 1]^2 fitted to the grid's aspect: (H, W, 2).
+    """Return the centres (y, x) of the cells in the box [-1, 1]^2 fitted to the grid's aspect: float64 (H, W, 2).
 
     The box depends on the aspect alone, so a 2x2 mean of these positions is the coarser grid's own.
     """
     h, w = grid
     y_max, x_max = min(1.0, h / w), min(1.0, w / h)
-    y = (2 * torch.arange(h) + 1 - h) / h * y_max
-    x = (2 * torch.arange(w) + 1 - w) / w * x_max
+    y = (2 * torch.arange(h, dtype=torch.float64) + 1 - h) / h * y_max
+    x = (2 * torch.arange(w, dtype=torch.float64) + 1 - w) / w * x_max
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
 
 
@@ -100,11 +100,12 @@ def rope_table(
     across the heads.
     """
     n = d_head // 8
-    log_frequencies = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n_heads * n + 1)[:-1]
+    ends = math.log(math.pi), math.log(10 * math.pi)
+    log_frequencies = torch.linspace(*ends, n_heads * n + 1, dtype=torch.float64)[:-1]
     frequencies = log_frequencies.exp().view(n, n_heads).T  # (n_heads, n)
     positions = axial_positions(grid).reshape(-1, 1, 2, 1)
-    theta = (positions * frequencies[None, :, None, :]).flatten(2).to(device)  # y angles, then x angles
-    return theta.cos().to(dtype), theta.sin().to(dtype)
+    theta = (positions * frequencies[None, :, None, :]).flatten(2)  # y angles, then x angles
+    return theta.cos().to(dtype).to(device), theta.sin().to(dtype).to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -145,6 +145,7 @@ def _sizes(model: dict[str, Any], state: Mapping[str, Tensor], path: str | Path)
         "global_levels": len(kinds) - local,
         "mapping_width": mapping_width,
         "mapping_depth": model.get("mapping_depth", 2),
-        "num_classes": len(state["class_emb.weight"]) if "class_emb.weight" in state else 0,
+        # both keep a last row for "no class"
+        "num_classes": len(state["class_emb.weight"]) - 1 if "class_emb.weight" in state else 0,
         "time_bias": True,
     }
