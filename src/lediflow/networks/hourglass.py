@@ -79,7 +79,7 @@ class GEGLU(nn.Module):
 
 
 def axial_positions(grid: tuple[int, int]) -> Tensor:
-    """Return the centres (y, x) of the cells in the box [-1, 1]^2 fitted to the grid's aspect: float64 (H, W, 2).
+    """Return the centres (y, x) of the cells in the box [-1, 1]^2 fitted to the grid: float64 (H, W, 2).
 
     The box depends on the aspect alone, so a 2x2 mean of these positions is the coarser grid's own.
     """
