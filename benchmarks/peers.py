@@ -37,15 +37,16 @@ SIZES = {
 }
 
 
-def import_k_diffusion(checkout):
+def import_k_diffusion(checkout, compiled=False):
     """Import the transformer module of a k-diffusion checkout without the rest of the package.
 
-    Its other modules need torchvision and more, of which the transformer uses nothing.
+    Its other modules need torchvision and more, of which the transformer uses nothing. `compiled` is its own
+    switch, which compiles norms, rotations and GEGLU.
     """
+    os.environ["K_DIFFUSION_USE_COMPILE"] = "1" if compiled else "0"
     root = Path(checkout) / "k_diffusion"
     if not (root / "models" / "image_transformer_v2.py").is_file():
         raise FileNotFoundError(f"{checkout} is no checkout of k-diffusion (no {root.name}/models in it)")
-    os.environ.setdefault("K_DIFFUSION_USE_COMPILE", "0")
 
     def module(name, path=None):
         sys.modules[name] = types.ModuleType(name)
@@ -88,14 +89,14 @@ def dit_model(parameters):
     return build(round((parameters - one) / (two - one)) + 1)
 
 
-def models(checkout):
+def models(checkout, compiled):
     ours = VelocityTransformer(**SIZES)
     found = {
         "ours, neighbourhood 7": (ours, lambda m, x, t: m(x, t)),
         "ours, global": (VelocityTransformer(**SIZES, global_levels=2), lambda m, x, t: m(x, t)),
     }
     if checkout is not None:
-        k = import_k_diffusion(checkout)
+        k = import_k_diffusion(checkout, compiled)
         heads = SIZES["d_head"]
         for name, spec in (
             ("shifted window 8", k.ShiftedWindowAttentionSpec(heads, 8)),
@@ -109,6 +110,13 @@ def models(checkout):
             m(x, (1000 * t).long(), torch.zeros(len(x), dtype=torch.long, device=x.device)).sample
         ),
     )
+    if compiled:
+        for name, (model, _) in found.items():
+            if name.startswith("ours"):
+                model.compile_as("blocks")
+            elif name == "diffusers DiT":
+                for block in model.transformer_blocks:
+                    block.compile()
     return found
 
 
@@ -142,11 +150,17 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtypes", default="bf16", help="comma-separated: fp32, bf16")
+    parser.add_argument("--compile", action="store_true", help="each as its authors provide for it")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
     device = torch.device(a.device)
-    found = {name: (m.to(device), call) for name, (m, call) in models(a.k_diffusion).items()}
+    found = {
+        name: (m.to(device), call)
+        for name, (m, call) in models(a.k_diffusion, a.compile).items()
+        if a.only in name
+    }
     records = []
     for name in a.dtypes.split(","):
         dtype = DTYPES[name]
