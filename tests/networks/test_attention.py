@@ -80,6 +80,15 @@ def test_large_grids_are_tiled_and_still_the_definition(monkeypatch):
     torch.testing.assert_close(result, literal(q, k, v, grid, 7))
 
 
+def test_work_in_parts_that_fit_in_a_cache_gives_the_same():
+    q, k, v = (u.repeat(3, 4, 1, 1) for u in qkv((33, 40), heads=4, d=4, dtype=torch.float32))
+    whole = attention.tiled_attention(*(u.requires_grad_() for u in (q, k, v)), (33, 40), 7)
+    assert attention._parts(6 * 16 * 25 * 64 * 196, q.device) == 1, "where gradients are wanted"
+    with torch.no_grad():
+        assert attention._parts(6 * 16 * 25 * 64 * 196, q.device) == 14
+        torch.testing.assert_close(attention.tiled_attention(q, k, v, (33, 40), 7), whole)
+
+
 def test_every_query_has_k_squared_keys():
     mask = attention.neighborhood_mask((9, 12), 7, torch.device("cpu"))
     assert (mask.sum(-1) == 49).all()

@@ -198,13 +198,25 @@ def tiled_attention(
     """
     b, heads, _, d = q.shape
     queries, keys, mask, order = _tiles(grid, kernel_size, tile, q.device)
-    tiles = len(mask)
 
     def gather(x: Tensor, index: Tensor) -> Tensor:
-        return x.index_select(2, index).view(b * heads, tiles, -1, d)
+        return x.index_select(2, index.flatten()).view(b * heads, len(index), -1, d)
 
-    y = _attend(gather(q, queries), gather(k, keys), gather(v, keys), mask)
+    parts = _parts(b * heads * mask.numel(), q.device)
+    y = torch.cat(
+        [
+            _attend(gather(q, own), gather(k, reached), gather(v, reached), seen)
+            for own, reached, seen in zip(*(u.chunk(parts) for u in (queries, keys, mask)), strict=True)
+        ],
+        dim=1,
+    )
     return y.reshape(b, heads, -1, d).index_select(2, order)
+
+
+def _parts(scores: int, device: torch.device) -> int:
+    """In how many parts the tiles are worked on: many scores at once do not fit in a CPU's cache."""
+    whole = device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return 1 if whole or scores < 2**23 else scores // 2**21
 
 
 @constant
@@ -214,20 +226,20 @@ def _tiles(
     """Return what `tiled_attention` gathers, for all tiles in row-major order.
 
     Returns:
-        Token indices of the queries (tiles * tile^2,) and of the keys (tiles * reach^2,), the mask
+        Token indices of the queries (tiles, tile^2) and of the keys (tiles, reach^2), the mask
         (tiles, tile^2, reach^2), and where each token's result stands among the queries (H*W,).
     """
     (qy, ky, my), (qx, kx, mx) = (_axis_tiles(n, kernel_size, tile, device) for n in grid)
 
     def tokens(y: Tensor, x: Tensor) -> Tensor:
-        return (y[:, None, :, None] * grid[1] + x[None, :, None, :]).flatten()
+        return (y[:, None, :, None] * grid[1] + x[None, :, None, :]).reshape(len(y) * len(x), -1)
 
     mask = my[:, None, :, None, :, None] & mx[None, :, None, :, None, :]
     mask = mask.reshape(len(qy) * len(qx), tile**2, -1)
     queries = tokens(qy, qx)
     # a tile that overhangs the grid repeats the last token: any of its places holds the same result
     order = torch.empty(grid[0] * grid[1], dtype=torch.long, device=device)
-    order[queries] = torch.arange(len(queries), device=device)
+    order[queries.flatten()] = torch.arange(queries.numel(), device=device)
     return queries, tokens(ky, kx), mask, order
 
 
