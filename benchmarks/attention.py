@@ -11,9 +11,9 @@ import json
 
 import torch
 
-from lediflow.evaluation.benchmark import DTYPES
 from lediflow.evaluation.latency import compare
 from lediflow.evaluation.report import markdown_table
+from lediflow.evaluation.settings import DTYPES
 from lediflow.networks.attention import BACKENDS, missing_package, self_attention
 
 DENSE_UP_TO = 64 * 64  # a mask over more tokens takes gigabytes and minutes
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
-    device = torch.device(a.device)
+    device, dtype = torch.device(a.device), DTYPES[a.dtype] or torch.float32
     there = [b for b in BACKENDS if missing_package(b) is None]
     if device.type == "cpu":
         there = ["dense", "tiles"]  # the others have no backward there
@@ -52,7 +52,10 @@ def main() -> None:
         batch = max(1, a.tokens // side**2)
         for backend in there:
             if backend != "dense" or side * side <= DENSE_UP_TO:
-                calls[side, backend] = batch, call(backend, side, batch, a.kernel, DTYPES[a.dtype], device)
+                calls[side, backend] = (
+                    batch,
+                    call(backend, side, batch, a.kernel, dtype, device),
+                )
     times = compare(
         {str(key): run for key, (_, run) in calls.items()}, images=1, repeats=a.repeats, device=device
     )

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from lediflow.evaluation.benchmark import DTYPES
 from lediflow.evaluation.flops import count_flops, matmul_rate
 from lediflow.evaluation.latency import compare
 from lediflow.evaluation.report import markdown_table
+from lediflow.evaluation.settings import DTYPES
 from lediflow.networks.velocity import VelocityTransformer
 
 SIZES = {
@@ -163,7 +163,7 @@ def main() -> None:
     }
     records = []
     for name in a.dtypes.split(","):
-        dtype = DTYPES[name]
+        dtype = DTYPES[name] or torch.float32
         rate = matmul_rate(device, dtype)
         for kind, calls in runs(found, a.batch_size, device, dtype).items():
             times = compare(calls, images=a.batch_size, repeats=a.repeats, device=device)

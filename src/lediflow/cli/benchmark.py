@@ -53,8 +53,9 @@ def benchmark(
 
     from lediflow.codecs import Codec
     from lediflow.errors import UserError, nearest
-    from lediflow.evaluation.benchmark import DTYPES, pipeline_of
     from lediflow.evaluation.benchmark import benchmark as run_benchmark
+    from lediflow.evaluation.benchmark import pipeline_of
+    from lediflow.evaluation.settings import DTYPES
     from lediflow.networks.attention import VARIABLE, check_backend
     from lediflow.training.processes import check_device
 

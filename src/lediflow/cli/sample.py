@@ -67,13 +67,13 @@ def sample(
 
     from lediflow.errors import UserError, nearest
     from lediflow.evaluation.report import image_grid
+    from lediflow.evaluation.settings import DTYPES
     from lediflow.files import written_whole
     from lediflow.pipelines.base import load_pipeline, to_pil
     from lediflow.training.processes import batches_of_process, check_device
 
-    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if dtype not in dtypes:
-        raise UserError(f"unknown dtype {dtype!r}{nearest(dtype, dtypes)}; choose from {', '.join(dtypes)}")
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; choose from {', '.join(DTYPES)}")
     where = check_device(device)
     processes = PartialState(cpu=where.type == "cpu")
     pipeline = load_pipeline(model).to(where if processes.num_processes == 1 else processes.device)
@@ -98,7 +98,7 @@ def sample(
                 seed=seed,
                 first_image=first_image + part.start,
                 batch_size=batch_size,
-                dtype=dtypes[dtype],
+                dtype=DTYPES[dtype],
                 output_type="pt",
                 **options,
             )

@@ -20,6 +20,7 @@ from torch import Tensor
 from lediflow.codecs import Codec
 from lediflow.evaluation.flops import count_flops, matmul_rate, velocity_flops
 from lediflow.evaluation.latency import compare
+from lediflow.evaluation.settings import DTYPES
 from lediflow.flow import matching_loss, phi
 from lediflow.networks.attention import best_backend, forced_backend
 from lediflow.networks.hourglass import pair
@@ -31,7 +32,6 @@ from lediflow.pipelines.lediflow import LeDiFlowPipeline
 
 # Table 1 of the paper: solver, steps of plain flow matching, steps of LeDiFlow's flow and latent sampler
 TABLE_1 = (("midpoint", 8, 2, 4), ("heun3", 8, 1, 2))
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def benchmark(
@@ -65,7 +65,7 @@ def benchmark(
         (a record for each row of Table 1, with ms per image split by network), `speedup` by solver,
         `training`.
     """
-    kind = DTYPES[dtype]
+    kind = DTYPES[dtype] or torch.float32
     rate = matmul_rate(device, kind)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

@@ -9,6 +9,7 @@ import torch
 from lediflow.errors import UserError, nearest
 from lediflow.ode import check_solver
 
+# what models are autocast to
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
