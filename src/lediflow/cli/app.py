@@ -58,6 +58,15 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _leave_launch()
+
+
+def _leave_launch() -> None:
+    """Part from the other processes of a launch; torch aborts a process that ends without doing so."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _show_warning(message, category, *_args, **_kwargs) -> None:

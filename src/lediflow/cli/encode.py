@@ -80,7 +80,6 @@ def encode(
             world_size=state.num_processes,
             progress=progress,
         )
-    state.destroy_process_group()
     if meta is None:  # the process that ends last tells
         return
     side = image_size // meta["factor"]
