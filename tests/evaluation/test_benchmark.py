@@ -72,7 +72,7 @@ def test_mistakes(tiny_run):
         b.pipeline_of(str(tiny_run), ["data.image_size=8"])
     with pytest.raises(UserError, match="plain flow matching"):
         b.pipeline_of(str(tiny_run / "baseline"))
-    with pytest.raises(UserError, match="no model digit"):
+    with pytest.raises(UserError, match="did you mean 'digits'"):
         b.pipeline_of("digit")
 
 

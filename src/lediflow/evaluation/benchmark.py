@@ -113,7 +113,7 @@ def pipeline_of(model: str, overrides: list[str] | None = None) -> LeDiFlowPipel
     Raises:
         UserError: neither; or overrides for a trained model; or a model without a learned prior.
     """
-    from lediflow.errors import UserError
+    from lediflow.errors import UserError, nearest
     from lediflow.training.config import load_config, preset_names
     from lediflow.training.stages import build_auxiliary, build_flow, build_sampler
 
@@ -126,6 +126,10 @@ def pipeline_of(model: str, overrides: list[str] | None = None) -> LeDiFlowPipel
         )
     if overrides:
         raise UserError("--set changes a preset or a config file; a trained model is what it is")
+    if "/" not in model and not Path(model).exists():
+        raise UserError(
+            f"no model or preset {model!r}{nearest(model, preset_names())}; see `lediflow presets`"
+        )
     pipeline = load_pipeline(model)
     if not isinstance(pipeline, LeDiFlowPipeline):
         raise UserError(f"{model} is plain flow matching; give a LeDiFlow model, which is timed beside it")
