@@ -18,7 +18,7 @@ from lediflow.evaluation.evaluate import evaluate
 from lediflow.evaluation.evaluation_report import quality_table, speed_table, verdicts
 from lediflow.evaluation.feature_networks import ClassifierFeatures
 from lediflow.evaluation.features import SmallClassifier
-from lediflow.evaluation.measure import Request, copies, distances, reconstruct, timings
+from lediflow.evaluation.measure import Request, copies, distances, in_pixels, reconstruct, timings
 from lediflow.evaluation.reference import RealFeatures
 from lediflow.evaluation.settings import Settings
 from lediflow.pipelines.base import load_pipeline
@@ -260,3 +260,11 @@ def test_tables_and_verdicts_of_given_rows():
     assert "1 [0.5, 1.5]" in quality_table(results)
     results["models"][1]["shape"] = [3, 16, 16]
     assert verdicts(results, "f/mmd") == [], "models of another size do not compare"
+
+
+def test_a_model_of_latents_is_known_before_its_codec_is_loaded(tiny_run):
+    pipeline = load_pipeline(tiny_run)
+    assert in_pixels(pipeline)
+    pipeline.register_to_config(latent_space={"codec": "somewhere"})
+    assert pipeline.vae is None
+    assert not in_pixels(pipeline)

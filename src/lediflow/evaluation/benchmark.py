@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lediflow.codecs import Codec
 from lediflow.evaluation.flops import count_flops, matmul_rate, velocity_flops
-from lediflow.evaluation.latency import compare
+from lediflow.evaluation.latency import compare, measure
 from lediflow.evaluation.settings import DTYPES
 from lediflow.flow import matching_loss, phi
-from lediflow.networks.attention import best_backend, forced_backend
-from lediflow.networks.hourglass import pair
+from lediflow.networks.attention import choose_backend
+from lediflow.networks.hourglass import level_kernels, pair
 from lediflow.networks.model import Compile, Network
 from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.base import load_pipeline
@@ -147,14 +147,11 @@ def attention_backends(network: VelocityTransformer, device: torch.device) -> di
     """Return what computes the attention of each level, by its grid."""
     c = network.config
     h, w = (side // c.patch_size for side in pair(c.sample_size))
-    backends = {}
-    for level in range(len(c.widths)):
-        grid = (h >> level, w >> level)
-        local = level < len(c.widths) - c.global_levels and min(grid) >= c.kernel_size
-        backends[f"{grid[0]}x{grid[1]}"] = (
-            (forced_backend() or best_backend(grid, device)) if local else "global"
-        )
-    return backends
+    kernels = level_kernels(len(c.widths), c.kernel_size, c.global_levels)
+    return {
+        f"{h >> level}x{w >> level}": choose_backend((h >> level, w >> level), kernel, device)
+        for level, kernel in enumerate(kernels)
+    }
 
 
 # The parts
@@ -284,7 +281,7 @@ def _training(
         optimizer.zero_grad()
         return loss
 
-    taken = compare({"step": step}, images=batch, repeats=repeats, device=device)["step"]
+    taken = measure(step, images=batch, repeats=repeats, device=device)
     with peak_memory(device) as peak:
         step()
     return {

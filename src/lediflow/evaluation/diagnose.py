@@ -55,7 +55,7 @@ def diagnose(
     pipeline = load_pipeline(model).to(where)
     if not isinstance(pipeline, LeDiFlowPipeline):
         raise UserError(f"{model} is plain flow matching: it has no learned prior to diagnose")
-    if not in_pixels(pipeline) or getattr(pipeline.config, "latent_space", None):
+    if not in_pixels(pipeline):
         raise UserError(f"{model} works on a codec's latents; only models of pixels can be diagnosed")
     if num_images < FEWEST or batch_size < 1:
         raise UserError(

@@ -211,7 +211,7 @@ def _parts(pipeline: ImagePipeline) -> dict[str, tuple[Any, str]]:
 
 def in_pixels(pipeline: LeDiFlowPipeline) -> bool:
     """Whether the model works on pixels, not on a codec's latents."""
-    return getattr(pipeline, "vae", None) is None
+    return pipeline.config.latent_space is None
 
 
 @torch.no_grad()

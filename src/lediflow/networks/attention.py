@@ -60,9 +60,9 @@ def self_attention(
     Raises:
         UserError: the backend is unknown, not installed, or has no derivative here.
     """
-    if kernel_size is None or min(grid) < kernel_size or max(grid) == kernel_size:
+    chosen = choose_backend(grid, kernel_size, q.device, backend)
+    if chosen == "global" or kernel_size is None:
         return _attend(q, k, v)
-    chosen = backend or forced_backend() or best_backend(grid, q.device)
     check_backend(chosen)
     if chosen == "tiles":
         return tiled_attention(q, k, v, grid, kernel_size)
@@ -95,6 +95,15 @@ def constant(function: Callable[P, R]) -> Callable[P, R]:
 def forced_backend() -> str | None:
     """Return the backend that LEDIFLOW_ATTENTION names, if it names one."""
     return os.environ.get(VARIABLE) or None
+
+
+def choose_backend(
+    grid: tuple[int, int], kernel_size: int | None, device: torch.device, backend: str | None = None
+) -> str:
+    """Return what computes the attention of a grid: "global", or one of `BACKENDS`, forced or the best."""
+    if kernel_size is None or min(grid) < kernel_size or max(grid) == kernel_size:
+        return "global"
+    return backend or forced_backend() or best_backend(grid, device)
 
 
 def best_backend(grid: tuple[int, int], device: torch.device) -> str:
