@@ -1,11 +1,14 @@
 """What several tests share: tiny settings, a tiny trained run, and where real data may lie."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+FIRST_STAGES = ("auxiliary", "flow", "sampler", "baseline")
 
 # the smallest digits run that still has every part: two levels, neighbourhood attention, a decoder of its own
 TINY = [
@@ -22,9 +25,14 @@ TINY = [
     "sampler.mapping_width=16",
     "training.precision=fp32",
     "training.log_every=2",
+    "training.distill.pairs=300",
+    f"training.stages=[{', '.join(FIRST_STAGES)}]",
     *(
         f"training.{stage}.{setting}"
-        for stage in ("auxiliary", "flow", "sampler", "baseline")
+        for stage in (
+            *FIRST_STAGES,
+            *("meanflow", "sampler_meanflow", "baseline_meanflow", "distill"),
+        )
         for setting in ("steps=6", "batch_size=8", "warmup_steps=2", "schedule=constant")
     ),
 ]
@@ -54,6 +62,18 @@ def tiny_run(tmp_path_factory):
     from lediflow.training.run import train
 
     return train(load_config("digits", TINY), tmp_path_factory.mktemp("runs") / "tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_mean_run(tiny_run, tmp_path_factory):
+    """The same with the stages that refine to one evaluation, six steps each."""
+    from lediflow.training.config import load_config
+    from lediflow.training.run import train
+    from lediflow.training.stage_config import TEACHERS
+
+    run = tmp_path_factory.mktemp("runs") / "mean"
+    shutil.copytree(tiny_run, run)
+    return train(load_config("digits", TINY), run, stages=TEACHERS, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_order_of_convergence(solver, order):
 def test_a_step_count_means_steps_and_evaluations_are_counted(solver, steps, x):
     calls = []
 
-    def field(t, state):
+    def field(t, state, _r=None):
         calls.append(float(t))
         return torch.ones_like(state)
 
@@ -105,3 +105,8 @@ def test_float32_states_stay_float32():
 def test_bad_input(options, message, x):
     with pytest.raises(UserError, match=message):
         ode.integrate(gaussian_field, x, **options)
+
+
+def test_mean_does_not_go_back():
+    with pytest.raises(UserError, match="only goes from the source"):
+        ode.integrate(lambda t, x, r: x, torch.ones(1), solver="mean", reverse=True)

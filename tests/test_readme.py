@@ -40,15 +40,15 @@ def test_command_line_examples(desk, monkeypatch, capsys):
 
     commands = [shlex.split(line, comments=True) for line in "".join(blocks("bash")).splitlines()]
     commands = [c for c in commands if c and c[0] == "lediflow"]
-    assert [c[1] for c in commands] == ["presets", "train", "sample", "sample"]
+    assert [c[1] for c in commands] == ["presets", "train", "sample", "sample", "train", "sample"]
     # the example's own preset, with narrow networks and two steps of two images
     quick = [s for s in TINY if s.startswith("training")] + [
         *(
             f"training.{s}.{k}=2"
-            for s in ("auxiliary", "flow", "sampler", "baseline")
+            for s in ("auxiliary", "flow", "sampler", "baseline", "meanflow", "sampler_meanflow")
             for k in ("steps", "batch_size")
         ),
-        *("auxiliary.widths=[32,32]", "flow.widths=[64,64]", "sampler.widths=[64]"),
+        *("auxiliary.widths=[32,32,32]", "flow.widths=[64,64]", "sampler.widths=[64]"),
     ]
     for command in commands:
         extra = [part for s in quick for part in ("--set", s)] if command[1] == "train" else []
@@ -57,7 +57,9 @@ def test_command_line_examples(desk, monkeypatch, capsys):
             main()
         assert end.value.code in (0, None), capsys.readouterr().err
     assert len(list((desk / "samples").glob("0*.png"))) == 16
-    assert Image.open(desk / "samples-fm" / "000000.png").size == (64, 64)
+    for folder in ("samples-fm", "samples-one"):
+        assert Image.open(desk / folder / "000000.png").size == (64, 64)
+    assert "flow 1 mean step, latent sampler 1 mean step" in capsys.readouterr().out
 
 
 def test_make_targets_and_links_exist():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lediflow.errors import UserError
 from lediflow.gaussian import DiagonalGaussian
+from lediflow.sources import put
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -168,7 +169,7 @@ class LatentSpace:
 
     @staticmethod
     def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+        return put(torch.tensor(values, dtype=like.dtype), like.device).view(-1, 1, 1)
 
 
 def local_name(name: str) -> str:

@@ -1,11 +1,13 @@
 """Integrate a velocity field: solver, steps, direction, trajectory, and the count of evaluations.
 
-torchdiffeq does the arithmetic. Here a step count means steps (a grid of steps + 1 times), and every
-evaluation of the field is counted (NFE), because that is what sampling costs.
+torchdiffeq does the arithmetic; the solver "mean" follows an average velocity, which needs none. Here a step
+count means steps (a grid of steps + 1 times), and every evaluation of the field is counted (NFE), because
+that is what sampling costs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,10 +24,12 @@ EVALUATIONS_PER_STEP: dict[str, int | None] = {
     "heun3": 3,
     "rk4": 4,
     "dopri5": None,
+    "mean": 1,
 }
 SOLVERS = tuple(EVALUATIONS_PER_STEP)
 
-Field = Callable[[Tensor, Tensor], Tensor]
+# field(t, state), and field(t, state, r) for the average velocity over [t, r]
+Field = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,12 @@ def integrate(
     """Solve d phi_t / dt = field(t, phi_t) over [0, 1] (eq. 1), without gradients.
 
     Args:
-        field: called as field(t, state) with a scalar tensor t; returns the velocity, shape of state.
+        field: called as field(t, state) with a scalar tensor t; returns the velocity, shape of state. For
+            "mean" it is called as field(t, state, r) and returns the average velocity over [t, r].
         start: state at t = 0, or at t = 1 when `reverse`.
         steps: number of steps of a fixed-step solver; for dopri5 only the number of returned points less one.
-        solver: one of `SOLVERS`. heun2 and heun3 are the 2- and 3-stage Heun methods (2 and 3 evaluations).
+        solver: one of `SOLVERS`. heun2 and heun3 are the 2- and 3-stage Heun methods (2 and 3 evaluations);
+            "mean" steps from t to r by (r - t) u(state, t, r), which is exact for an exact u.
         reverse: integrate from t = 1 down to t = 0.
         trajectory: also return the state at every grid time.
         rtol: relative tolerance, dopri5 only.
@@ -87,22 +93,29 @@ def integrate(
         A `Solution` with the end state, the number of evaluations, and the grid.
 
     Raises:
-        UserError: unknown solver, or steps below 1.
+        UserError: unknown solver, steps below 1, or "mean" in reverse, for which no u is learned (r < t).
     """
     from torchdiffeq import odeint
 
     check_solver(solver, steps)
+    if reverse and solver == "mean":
+        raise UserError("solver 'mean' only goes from the source to the data; use another one in reverse")
     nfe = 0
 
-    def counted(t: Tensor, state: Tensor) -> Tensor:
+    def counted(*point: Tensor) -> Tensor:
         nonlocal nfe
         nfe += 1
-        return field(t, state)
+        return field(*point)
 
     # float64 times: steps of a float32 grid differ in the last digits, which costs reversibility
-    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu").to(start.device)
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=start.device)
     if reverse:
         times = times.flip(0)
+    if solver == "mean":
+        states = [start]
+        for t, r in itertools.pairwise(times):
+            states.append(states[-1] + (r - t).to(start.dtype) * counted(t, states[-1], r))
+        return Solution(states[-1], nfe, torch.stack(states) if trajectory else None, times)
     if EVALUATIONS_PER_STEP[solver] is None:
         states = odeint(counted, start, times, method=solver, rtol=rtol, atol=atol)
     else:

@@ -1,6 +1,7 @@
 """The noise behind every source: w ~ N(0, 1) for latents and images, and x = mu + sigma * noise for P_L.
 
-Plain flow matching starts at the noise itself; LeDiFlow starts at `AuxiliaryModel.decode(z).at(noise)`.
+Plain flow matching starts at the noise itself; LeDiFlow starts at `AuxiliaryModel.decode(z).at(noise)`; with
+`optimal_coupling` the noise of a batch is dealt out so that the paths together are shortest.
 
 Image i of a request is a function of (seed, i) alone: its noise comes from a generator of its own, so
 neither batch size nor device count can change it. The same holds for image i of a training batch.
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lediflow.flow import stratified_t
+from lediflow.flow import logit_normal, stratified_t
 
 
 def derive_seed(seed: int, *names: int | str) -> int:
@@ -39,12 +41,44 @@ def image_noise(
     Returns:
         (len(indices), C, H, W).
     """
-    generator = torch.Generator("cpu")
-    rows = [
-        torch.randn(tuple(shape), generator=generator.manual_seed(derive_seed(seed, stream, index)))
-        for index in indices
-    ]
-    return torch.stack(rows).to(device=device, dtype=dtype)
+    indices = list(indices)
+    noise = torch.empty((len(indices), *shape))
+    _fill(noise, [derive_seed(seed, stream, index) for index in indices])
+    return put(noise, device).to(dtype)
+
+
+def put(x: Tensor, device: torch.device | str | None) -> Tensor:
+    """Copy x from the CPU to a device, not waiting for what a CUDA device still has to do."""
+    if device is None or torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def _fill(noise: Tensor, seeds: Sequence[int]) -> None:
+    """Fill each row of noise (N, ...) with standard normal numbers from a generator of its own seed."""
+    generator = torch.Generator(noise.device)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=generator.manual_seed(seed))
+
+
+def optimal_coupling(x: Tensor, y: Tensor) -> Tensor:
+    """Reorder the source samples of a batch so that sum ||y_i - x_i||^2 is least: minibatch OT.
+
+    OT-CFM (arXiv 2302.00482, 2304.14772). The pairs (x_i, y_i) follow the plan that is optimal within the
+    batch; x alone keeps its distribution.
+
+    Args:
+        x: source samples, (B, ...).
+        y: targets, (B, ...).
+
+    Returns:
+        x in another order, (B, ...).
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    cost = torch.cdist(y.flatten(1).double(), x.flatten(1).double()).square()
+    _, order = linear_sum_assignment(cost.cpu().numpy())
+    return x[torch.from_numpy(order).to(x.device)]
 
 
 class BatchNoise:
@@ -66,18 +100,17 @@ class BatchNoise:
     def normal(self, shape: Sequence[int], stream: str) -> Tensor:
         """Draw standard normal noise (len(positions), *shape) in fp32; streams are independent."""
         noise = torch.empty((len(self.positions), *shape), device=self.device)
-        generator = torch.Generator(self.device)
-        for row, position in zip(noise, self.positions, strict=True):
-            row.normal_(generator=generator.manual_seed(derive_seed(self.seed, stream, position)))
+        _fill(noise, [derive_seed(self.seed, stream, position) for position in self.positions])
         return noise
 
     def uniform(self, stream: str) -> Tensor:
         """Draw one number on [0, 1) for each image: (len(positions),)."""
         return self._part(torch.rand(self.batch_size, generator=self._shared(stream)))
 
-    def times(self) -> Tensor:
+    def times(self, law: Literal["uniform", "logit-normal"] = "uniform") -> Tensor:
         """Draw t for each image: (len(positions),), stratified over the whole batch (`flow.stratified_t`)."""
-        return self._part(stratified_t(self.batch_size, self._shared("t")))
+        t = stratified_t(self.batch_size, self._shared("t"))
+        return self._part(t if law == "uniform" else logit_normal(t))
 
     def _shared(self, stream: str) -> torch.Generator:
         # on the CPU, so that processes agree on the whole batch whatever their devices

@@ -124,6 +124,38 @@ def test_bad_requests_to_sample(lediflow, tiny_run, tmp_path):
     refused(lediflow("sample", copy), "cannot load")
 
 
+def test_sample_tells_solver_and_steps_and_takes_one_evaluation_where_it_can(
+    lediflow, tiny_mean_run, tmp_path
+):
+    few = ("-n", 2, "--device", "cpu", "--output", tmp_path)
+
+    def report(model, *options):
+        result = lediflow("sample", model, *few, *options, "--json")
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    by_default = report(tiny_mean_run)
+    assert by_default["nfe"] == {"sampler": 1, "decoder": 1, "flow": 1}
+    assert (by_default["solver"], by_default["steps"]) == ("mean", 1)
+    assert (by_default["latent_solver"], by_default["latent_steps"]) == ("mean", 1)
+    any_solver = ("--solver", "midpoint", "--latent-solver", "heun3", "--latent-steps", 2)
+    assert report(tiny_mean_run, *any_solver)["nfe"] == {"sampler": 6, "decoder": 1, "flow": 4}
+    assert report(tiny_mean_run / "distill")["nfe"] == {"sampler": 1, "decoder": 1, "flow": 1}
+    assert report(tiny_mean_run / "flow")["nfe"] == {"sampler": 8, "decoder": 1, "flow": 4}
+    plain = report(tiny_mean_run / "baseline-meanflow")
+    assert plain["nfe"] == {"flow": 1}
+    assert "latent_solver" not in plain
+    assert report(tiny_mean_run / "baseline")["nfe"] == {"flow": 16}
+
+    said = lediflow("sample", tiny_mean_run, *few).stdout
+    assert "flow 1 mean step, latent sampler 1 mean step" in said
+    assert "flow 8 midpoint steps\n" in lediflow("sample", tiny_mean_run / "baseline", *few).stdout
+    refused(lediflow("sample", tiny_mean_run / "flow", "--solver", "mean"), "--stage meanflow")
+    latent = ("--latent-solver", "mean")
+    refused(lediflow("sample", tiny_mean_run / "flow", *latent), "--stage sampler-meanflow")
+    refused(lediflow("sample", tiny_mean_run / "baseline-meanflow", *latent), "leave --latent-solver out")
+
+
 def test_bad_requests_to_train(lediflow, tiny_run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
@@ -190,13 +222,16 @@ def test_demo_end_to_end_with_few_steps(lediflow, tmp_path):
     from lediflow.training.config import load_config
     from lediflow.training.run import train
 
-    steps = sets(*TINY)
+    mean = "training.stages=[auxiliary, flow, sampler, baseline, meanflow, sampler-meanflow]"
+    steps = sets(*TINY, mean)
     result = lediflow("demo", "--output", tmp_path / "demo", "--device", "cpu", *steps)
     assert result.returncode == 0, result.stderr
     out = result.stdout
     for part in (
-        "| LeDiFlow",
-        "| flow matching",
+        "| LeDiFlow ",
+        "| LeDiFlow, one evaluation ",
+        "| flow matching ",
+        "1 + 1 + 1",
         "2 + 4 + 1",
         "16 + 0 + 0",
         "floor",
@@ -204,7 +239,7 @@ def test_demo_end_to_end_with_few_steps(lediflow, tmp_path):
     ):
         assert part in out
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert len(results["rows"]) == 8
+    assert len(results["rows"]) == 12
     assert all(row["frechet"] > results["floor"] for row in results["rows"]), "six steps of training are bad"
     assert results["classifier_accuracy"] > 0.9
     for name in ("grid.png", "quality.png"):
@@ -237,6 +272,7 @@ def test_evaluate_prints_a_table_and_writes_a_report(lediflow, tiny_run, tmp_pat
     again = lediflow(*request, *few, *files, "--json")
     assert "measured before" in again.stderr
     assert [row["steps"] for row in json.loads(again.stdout)["rows"]] == [1, 1]
+    refused(lediflow(*request, "--solver", "mean"), "nothing is left to measure", "tiny/baseline: no row")
     refused(lediflow(*request, "--steps", "1,two"), "give whole numbers")
     refused(lediflow(*request, "--solver", "heun33"), "did you mean 'heun3'")
     refused(lediflow("evaluate", tiny_run, "--data", tmp_path / "nowhere"), "nowhere")
@@ -251,3 +287,4 @@ def test_diagnose_prints_verdicts(lediflow, tiny_run):
     report = json.loads(lediflow(*request, "--json").stdout)
     assert report["findings"][0]["grade"] in ("good", "fair", "poor")
     refused(lediflow("diagnose", tiny_run / "baseline", "--data", "digits"), "no learned prior")
+    refused(lediflow(*request, "--latent-solver", "mean"), "--stage sampler-meanflow")

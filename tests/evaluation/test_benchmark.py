@@ -34,6 +34,23 @@ def test_every_network_and_every_row_of_table_1_is_there(report):
     json.dumps(report)
 
 
+def test_one_evaluation_has_a_row_beside_eight_midpoint_steps(report):
+    assert "mean" not in report["speedup"], "this preset has no average velocity"
+    settings = [*TINY, "training.stages=[auxiliary,flow,sampler,meanflow]"]
+    pipeline = b.pipeline_of("digits", settings)
+    assert (pipeline.flow.average_velocity, pipeline.sampler.average_velocity) == (True, False)
+    assert not b.baseline_of(pipeline).flow.average_velocity
+    refined = b.pipeline_of("digits", TINY, average_velocity=True)
+    found = b.benchmark(refined, device=torch.device("cpu"), batch_size=2, repeats=1, training=False)
+    rows = {(r["model"], r["solver"]): r for r in found["sampling"]}
+    one, eight = rows["LeDiFlow", "mean"], rows["flow matching", "midpoint"]
+    assert one["nfe"] == {"sampler": 1, "decoder": 1, "flow": 1}
+    assert rows["LeDiFlow", "midpoint"]["nfe"] == {"sampler": 8, "decoder": 1, "flow": 4}
+    assert set(one["ms"]) == {"sampler", "decoder", "flow"}
+    ratio = eight["ms_per_image"] / one["ms_per_image"]
+    assert found["speedup"]["mean"] == pytest.approx(ratio, abs=0.01)
+
+
 def test_the_split_is_evaluations_times_one_evaluation(report):
     one = {name: n["ms_per_image"] for name, n in report["networks"].items()}
     for row in report["sampling"]:
@@ -70,6 +87,8 @@ def test_a_codec_is_timed_as_a_network_and_left_out_of_the_rows(tiny_codec):
 def test_mistakes(tiny_run):
     with pytest.raises(UserError, match="--set changes a preset"):
         b.pipeline_of(str(tiny_run), ["data.image_size=8"])
+    with pytest.raises(UserError, match="--average-velocity changes a preset"):
+        b.pipeline_of(str(tiny_run), average_velocity=True)
     with pytest.raises(UserError, match="plain flow matching"):
         b.pipeline_of(str(tiny_run / "baseline"))
     with pytest.raises(UserError, match="did you mean 'digits'"):
@@ -92,9 +111,11 @@ def test_command_line(monkeypatch):
     monkeypatch.delenv("LEDIFLOW_ATTENTION", raising=False)
     settings = [x for s in TINY for x in ("--set", s)]
     options = ["--batch-size", "1", "--repeats", "1", "--device", "cpu"]
-    result = CliRunner().invoke(app, ["benchmark", "digits", *options, *settings])
+    result = CliRunner().invoke(app, ["benchmark", "digits", "--average-velocity", *options, *settings])
     assert result.exit_code == 0, result.output
     assert "LeDiFlow takes 1/" in result.output
+    assert "of the time (one mean step against 8 midpoint steps)" in result.output
+    assert "| 1 mean step" in result.output
     result = CliRunner().invoke(app, ["benchmark", "digits", "--dtype", "bf61"])
     assert isinstance(result.exception, UserError)
     assert "did you mean 'bf16'" in str(result.exception)

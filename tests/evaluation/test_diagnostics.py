@@ -90,6 +90,23 @@ def test_curvature_of_a_growing_field_is_the_closed_form():
     assert found["error"]["1"] == pytest.approx((math.e - 2.5) * d.GREY_LEVELS, rel=1e-3)
 
 
+def test_one_step_of_an_average_velocity_is_measured_from_many_steps():
+    # d phi / dt = phi has u(phi, t, r) = phi (e^(r - t) - 1) / (r - t); one that is a tenth too long ends off
+    x = torch.ones(5, 1, 2, 2, dtype=torch.float64)
+
+    def off_by(factor):
+        def average(t, state, rows, r):
+            assert len(state) == len(x[rows])
+            return factor * state * (torch.exp(r - t) - 1) / (r - t)
+
+        return d.curvature(lambda t, state, rows: state, x, average=average, batch_size=2, unit=1.0)["error"]
+
+    assert off_by(1.0)["mean_1"] == pytest.approx(0, abs=2e-4)
+    assert off_by(1.1)["mean_1"] == pytest.approx(0.1 * (math.e - 1), abs=2e-4)
+    assert off_by(1.1)["1"] == pytest.approx(math.e - 2.5, rel=1e-3), "in the unit that was asked for"
+    assert "mean_1" not in d.curvature(lambda t, state, rows: state, x)["error"]
+
+
 def test_each_path_has_its_own_condition():
     x, speed = torch.zeros(5, 1, 1, 1), torch.arange(5.0).view(5, 1, 1, 1)
     found = d.curvature(lambda t, state, rows: speed[rows].expand_as(state), x, batch_size=2)

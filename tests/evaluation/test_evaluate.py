@@ -22,6 +22,11 @@ from lediflow.evaluation.measure import Request, copies, distances, in_pixels, r
 from lediflow.evaluation.reference import RealFeatures
 from lediflow.evaluation.settings import Settings
 from lediflow.pipelines.base import load_pipeline
+from lediflow.pipelines.lediflow import LeDiFlowPipeline
+from lediflow.sources import image_noise
+from lediflow.training.builders import build_auxiliary, build_flow, build_sampler
+from lediflow.training.config import load_config
+from tests.conftest import TINY
 
 SMALL = {
     "data": "digits",
@@ -55,7 +60,9 @@ def test_one_record_for_each_model_solver_and_steps(measured):
     ]
     first, last = results["rows"][0], results["rows"][-1]
     assert first["nfe"] == {"sampler": 8, "decoder": 1, "flow": 2}
+    assert (first["latent_solver"], first["latent_steps"]) == ("midpoint", 4)
     assert last["nfe"] == {"flow": 4}
+    assert (last["latent_solver"], last["latent_steps"]) == (None, None)
     common = {
         f"classifier/{name}"
         for name in ("mmd", "kernel", "frechet", "precision", "density", "recall", "coverage", "copies")
@@ -90,6 +97,67 @@ def test_report_holds_its_pictures_and_every_number(measured):
         assert f"{row['metrics']['classifier/frechet']['value']:.3g}" in page
     assert "70 real images, 16 px" in table
     assert "8 sampler + 1 decoder + 2 flow" in table
+
+
+def test_each_model_is_measured_with_the_solvers_it_has(tiny_mean_run, measured, tmp_path, capsys):
+    models = [str(tiny_mean_run / name) for name in (".", "baseline-meanflow", "baseline")]
+    few = SMALL | {"steps": (1,), "num_images": 30, "bootstrap": 0}
+    at = {"cache": measured.cache, "device": "cpu"}
+    by_default = evaluate(models, Settings(**few), tmp_path, **at)
+    assert capsys.readouterr().err.count("no row with solver mean") == 0, "nobody asked for it"
+    facts = [
+        (r["model"], r["solver"], r["latent_solver"], r["latent_steps"], r["nfe"]) for r in by_default["rows"]
+    ]
+    assert facts == [
+        ("mean", "mean", "mean", 1, {"sampler": 1, "decoder": 1, "flow": 1}),
+        ("mean", "midpoint", "mean", 1, {"sampler": 1, "decoder": 1, "flow": 2}),
+        ("mean/baseline-meanflow", "mean", None, None, {"flow": 1}),
+        ("mean/baseline-meanflow", "midpoint", None, None, {"flow": 2}),
+        ("mean/baseline", "midpoint", None, None, {"flow": 2}),
+    ]
+    assert "| mean | mean | 1 | 1 mean step | 1 sampler + 1 decoder + 1 flow |" in re.sub(
+        " +", " ", (tmp_path / "table.md").read_text()
+    )
+
+    asked = Settings(**few, solvers=("mean",), latent_solver="midpoint", latent_steps=2)
+    results = evaluate(models, asked, tmp_path, **at)
+    said = capsys.readouterr().err
+    assert said.count("no row with solver mean") == 1
+    assert "mean/baseline: no row with solver mean, because the model has no average velocity" in said
+    assert [(r["model"], r["nfe"]) for r in results["rows"]] == [
+        ("mean", {"sampler": 4, "decoder": 1, "flow": 1}),
+        ("mean/baseline-meanflow", {"flow": 1}),
+    ]
+    assert results["rows"][1] == by_default["rows"][2] | {
+        key: results["rows"][1][key] for key in ("ms_per_image", "images_per_second", "timing_spread")
+    }, "what does not depend on the latent sampler is not measured again"
+    with pytest.raises(UserError, match="nothing is left to measure"):
+        evaluate(models[2:], asked, tmp_path, **at)
+    with pytest.raises(UserError, match="tiny: latent solver 'mean' needs"):
+        evaluate(measured.models[:1], Settings(**few, latent_solver="mean"), tmp_path, **at)
+
+
+def test_a_model_with_classes_makes_all_of_them_in_turn():
+    config = load_config("digits", [*TINY, "data.classes=3", "training.stages=[meanflow,sampler-meanflow]"])
+    pipeline = LeDiFlowPipeline(
+        auxiliary=build_auxiliary(config),
+        flow=build_flow(config, average_velocity=True),
+        sampler=build_sampler(config, average_velocity=True),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    for p in pipeline.flow.parameters():
+        if p.ndim > 1:  # many are zero before training, and then no class tells
+            p.data = 0.3 * torch.randn(p.shape, generator=generator)
+    request = Request("mean", 1, 5, 0, 4, "fp32", "mean", 1)
+    images = request.images(pipeline, range(2, 7)).images
+    for i, image in zip(range(2, 7), images, strict=True):
+        right, wrong = (
+            pipeline(1, first_image=i, class_labels=(i + off) % 3, output_type="pt").images[0]
+            for off in (0, 1)
+        )
+        torch.testing.assert_close(image, right, atol=1e-4, rtol=0)
+        assert (image - wrong).abs().max() > 1e-3
 
 
 def test_what_was_measured_is_not_measured_again(measured, monkeypatch):
@@ -175,6 +243,8 @@ def test_mistakes(tiny_run, measured, tmp_path):
 
     refused("did you mean 'midpoint'", solvers=("midpont",))
     refused("steps must be at least 1", steps=(0,))
+    refused("steps must be at least 1", latent_steps=0)
+    refused("did you mean 'mean'", latent_solver="meen")
     refused("unknown dtype", dtype="int8")
     refused("at least 10 images", num_images=3)
     refused("given twice", models=(str(tiny_run), str(tiny_run)))
@@ -208,9 +278,7 @@ def test_copies_are_found_and_named():
 def test_reconstruction_at_many_steps_is_the_flow_run_by_hand(tiny_run):
     pipeline = load_pipeline(tiny_run)
     y = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    request = Request("euler", 1, 1, 1, 3, 2, "fp32")
-    from lediflow.sources import image_noise
-
+    request = Request("euler", 1, 1, 3, 2, "fp32")
     with torch.no_grad():
         z = pipeline.auxiliary.encode(y).mean
         x = pipeline.auxiliary.decode(z).at(image_noise((1, 16, 16), seed=3, indices=range(5), stream="x"))
@@ -218,10 +286,21 @@ def test_reconstruction_at_many_steps_is_the_flow_run_by_hand(tiny_run):
     torch.testing.assert_close(reconstruct(pipeline, y, request), expected, atol=1e-5, rtol=0)
 
 
+def test_reconstruction_by_the_average_velocity(tiny_mean_run):
+    pipeline = load_pipeline(tiny_mean_run)
+    y = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        z = pipeline.auxiliary.encode(y).mean
+        x = pipeline.auxiliary.decode(z).at(image_noise((1, 16, 16), seed=3, indices=range(3), stream="x"))
+        expected = (x + pipeline.flow(x, torch.zeros(()), z, None, torch.ones(()))).clamp(-1, 1)
+    found = reconstruct(pipeline, y, Request("mean", 1, 1, 3, 2, "fp32"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_timings_count_evaluations_of_each_row(tiny_run):
     pipeline = load_pipeline(tiny_run)
     pipeline.set_progress_bar_config(disable=True)
-    rows = [(pipeline, Request("midpoint", steps, 2, 4, 0, 4, "fp32")) for steps in (1, 3)]
+    rows = [(pipeline, Request("midpoint", n, 4, 0, 4, "fp32", latent_steps=2)) for n in (1, 3)]
     found = timings(rows)
     assert [f["nfe"] for f in found] == [
         {"sampler": 4, "decoder": 1, "flow": 2},
@@ -236,6 +315,8 @@ def _row(model, kind, steps, ms, value):
         "kind": kind,
         "solver": "heun3",
         "steps": steps,
+        "latent_solver": None,
+        "latent_steps": None,
         "nfe": {"flow": 3 * steps},
         "ms_per_image": {"total": ms, "flow": ms, "other": 0.0},
         "images_per_second": 1000 / ms,
@@ -254,10 +335,13 @@ def test_tables_and_verdicts_of_given_rows():
         "real": [{"shape": [3, 8, 8], "floor": {}, "floor_images": 0}],
     }
     (says,) = verdicts(results, "f/mmd")
-    assert "LeDiFlow with 2 steps (1)" in says
+    assert "LeDiFlow with 2 heun3 steps (1)" in says
     assert "in 4.00 instead of 12.00 ms per image: 3.0 times the speed" in says
     assert "| a     | heun3  |     2 | 6 flow      |       4.00 |" in speed_table(results, "f/mmd")
     assert "1 [0.5, 1.5]" in quality_table(results)
+    results["rows"][0] |= {"latent_solver": "mean", "latent_steps": 1}
+    assert "| a     | heun3  |     1 | 1 mean step    |" in speed_table(results, "f/mmd")
+    assert "| b     | heun3  |     4 |                |" in quality_table(results)
     results["models"][1]["shape"] = [3, 16, 16]
     assert verdicts(results, "f/mmd") == [], "models of another size do not compare"
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 
+from lediflow import ode
 from lediflow.errors import UserError
+from lediflow.evaluation import diagnostics as d
 from lediflow.evaluation.diagnose import diagnose
 from lediflow.evaluation.findings import findings, verdict
+from lediflow.pipelines.base import load_pipeline
+from lediflow.sources import image_noise
 
 NEAR = {"mmd": 0.0, "share": 0.0, "density": 1.0, "coverage": 0.96}
 GOOD = {
@@ -17,7 +22,7 @@ GOOD = {
     "calibration_train": {"residual_std": 1.0, "within_1_sigma": 0.68, "within_2_sigma": 0.95, "nll": -1.0},
     "sigma": {"share_at_floor": 0.0, "floor": 0.011, "median": 0.1},
     "channels": [{"kl": 20.0, "spread": 0.8, "signal": 0.9}, {"kl": 30.0, "spread": 0.9, "signal": 0.95}],
-    "latent_steps": 4,
+    "latent_sampler": {"solver": "midpoint", "steps": 4},
     "latent_gap": {
         "unseen": NEAR,
         "gaussian": NEAR | {"share": 1.0},
@@ -105,6 +110,30 @@ def test_bad_numbers_are_named_with_what_to_change(which, changes, grade, advice
     assert found[which].name in verdict(numbers, found)
 
 
+@pytest.mark.parametrize(
+    ("one", "grade", "says"),
+    [
+        (2.9, "good", "where many do"),
+        (5.9, "good", "as near as the two"),
+        (7.0, "fair", "two of a midpoint step end nearer"),
+        (8.9, "poor", "no nearer than an Euler step"),
+    ],
+)
+def test_one_evaluation_is_judged_beside_a_midpoint_and_an_euler_step(one, grade, says):
+    error = {"1": 6.0, "2": 1.0, "4": 0.5, "8": 0.1, "euler_1": 9.0}
+    numbers, found = _judged(curvature={"error": error | {"mean_1": one}})
+    assert [f.grade for f in found[:7]] == ["good"] * 7
+    (last,) = found[7:]
+    assert (last.name, last.grade) == ("one evaluation of the flow", grade)
+    assert says in last.says
+    assert ("the stage meanflow" in last.change) == (grade != "good")
+    numbers, found = _judged(
+        sampler_curvature={"error": {k: v / 10 for k, v in error.items()} | {"mean_1": 1}}
+    )
+    assert (found[7].name, found[7].grade) == ("one evaluation of the latent sampler", "poor")
+    assert "sampler-meanflow" in verdict(numbers, found)
+
+
 def test_a_prior_worse_than_noise_is_called_so():
     numbers, found = _judged(transport={"learned": 2.0})
     assert found[0].grade == "poor"
@@ -124,6 +153,45 @@ def test_a_tiny_run_on_digits(tiny_run):
     alone = diagnose(tiny_run / "pipeline", "digits", num_images=60, latent_steps=1, device="cpu")
     assert "baseline_curvature" not in alone["numbers"]
     assert alone["numbers"]["transport"] == numbers["transport"]
+
+
+def test_a_tiny_run_with_average_velocity(tiny_mean_run):
+    few = {"num_images": 50, "device": "cpu"}
+    result = diagnose(tiny_mean_run, "digits", **few)
+    assert [f["name"] for f in result["findings"]][7:] == [
+        "one evaluation of the flow",
+        "one evaluation of the latent sampler",
+    ]
+    numbers = result["numbers"]
+    assert numbers["latent_sampler"] == {"solver": "mean", "steps": 1}
+    assert "1 mean step" in result["findings"][4]["value"]
+    assert "mean_1" not in numbers["baseline_curvature"]["error"]
+    # a distilled flow has learned ends only: paths are those of the flow that made them
+    distilled = diagnose(tiny_mean_run / "distill", "digits", latent_solver="midpoint", **few)["numbers"]
+    assert distilled["latent_sampler"] == {"solver": "midpoint", "steps": 4}
+    by_hand = _errors(tiny_mean_run / "flow", tiny_mean_run / "distill")
+    assert distilled["curvature"]["error"] == pytest.approx(by_hand)
+
+
+def _errors(paths, model):
+    """Errors of the paths of one model and one evaluation of another, at z as a diagnosis draws them."""
+    pipeline, teacher = load_pipeline(model), load_pipeline(paths)
+    auxiliary = pipeline.auxiliary
+    with torch.no_grad():
+        z = d.sampled_latents(pipeline, 50, steps=4, seed=0, batch_size=64)
+        z = auxiliary.unstandardize(z)
+        prior = auxiliary.decode(z)
+        x = prior.at(image_noise(prior.mean.shape[1:], seed=0, indices=range(50), stream="x"))
+        ends = {
+            name: ode.integrate(lambda t, s: teacher.flow(s, t, z), x, steps=n, solver=solver).end
+            for name, n, solver in (
+                ("fine", 64, "midpoint"), ("1", 1, "midpoint"), ("2", 2, "midpoint"), ("4", 4, "midpoint"),
+                ("8", 8, "midpoint"), ("euler_1", 1, "euler"),
+            )
+        }  # fmt: skip
+        ends["mean_1"] = x + pipeline.flow(x, torch.zeros(()), z, None, torch.ones(()))
+    fine = ends.pop("fine")
+    return {name: 127.5 * (end - fine).square().mean().sqrt().item() for name, end in ends.items()}
 
 
 def test_mistakes(tiny_run, tmp_path):

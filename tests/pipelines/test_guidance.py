@@ -117,7 +117,7 @@ def test_wrong_classes_are_refused(pipe, tiny_run):
 def test_labels_are_left_out_as_often_as_asked():
     from lediflow.data.images import ImageData
     from lediflow.sources import BatchNoise
-    from lediflow.training.stages import build_stage
+    from lediflow.training.refine import build_stage
 
     config = load_config("digits", [*TINY, "data.classes=10", "training.label_dropout=0.25"])
     device = torch.device("cpu")

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, tiny_codec_settings, weights
+from conftest import FIRST_STAGES, TINY, tiny_codec_settings, weights
 
 from lediflow import FlowMatchingPipeline, LeDiFlowPipeline, load_pipeline
 from lediflow.codecs import LatentSpace
 from lediflow.errors import UserError
-from lediflow.training.config import STAGES, load_config
+from lediflow.training.config import load_config
 from lediflow.training.run import train
 
 
@@ -75,10 +75,10 @@ def test_a_resumed_latent_run_has_the_weights_of_one_that_never_stopped(
     latent_run, tiny_codec, tiny_latents, tmp_path
 ):
     settings = tiny_codec_settings(tiny_codec, tiny_latents)
-    half = [f"training.{stage}.steps=3" for stage in STAGES]
+    half = [f"training.{stage}.steps=3" for stage in FIRST_STAGES]
     train(load_config("digits", settings + half), tmp_path / "run", device="cpu", stages=["auxiliary"])
     train(load_config("digits", settings), tmp_path / "run", device="cpu")
-    for stage in STAGES:
+    for stage in FIRST_STAGES:
         left, right = weights(latent_run, stage), weights(tmp_path / "run", stage)
         assert all(torch.equal(left[name], right[name]) for name in left), stage
 

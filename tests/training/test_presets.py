@@ -2,9 +2,9 @@
 
 import pytest
 
+from lediflow.training.builders import BUILDERS
 from lediflow.training.config import load_config, preset_names
 from lediflow.training.run import check_networks
-from lediflow.training.stages import BUILDERS
 
 RGB = ("ffhq-256", "afhq-256", "lhq-256")
 SDV = ("ffhq-256-sdv", "afhq-256-sdv", "lhq-256-sdv", "imagenet-256-sdv")

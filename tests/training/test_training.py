@@ -8,18 +8,18 @@ import threading
 
 import pytest
 import torch
-from conftest import TINY, shared, weights
+from conftest import FIRST_STAGES, TINY, shared, weights
 from PIL import Image
 
 from lediflow.errors import UserError
 from lediflow.training import checkpoint
-from lediflow.training.config import STAGES, load_config
+from lediflow.training.config import load_config
 from lediflow.training.processes import check_device
 from lediflow.training.run import train
 from lediflow.training.trainer import Interrupted, rate_factor
 
 
-def assert_same_weights(a, b, stages=STAGES):
+def assert_same_weights(a, b, stages=FIRST_STAGES):
     for stage in stages:
         left, right = weights(a, stage), weights(b, stage)
         assert left.keys() == right.keys()
@@ -28,7 +28,7 @@ def assert_same_weights(a, b, stages=STAGES):
 
 
 def test_a_run_folder_is_complete(tiny_run):
-    for stage in STAGES:
+    for stage in FIRST_STAGES:
         assert (tiny_run / stage / "checkpoints" / "step-6" / "optimizer.safetensors").is_file()
         lines = [json.loads(x) for x in (tiny_run / stage / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [2, 4, 6]
@@ -42,7 +42,7 @@ def test_a_run_folder_is_complete(tiny_run):
 
 def test_resumed_equals_uninterrupted(tiny_run, tmp_path):
     """Every stage stopped halfway and continued, against the run that never stopped: bit for bit."""
-    half = [f"training.{stage}.steps=3" for stage in STAGES]
+    half = [f"training.{stage}.steps=3" for stage in FIRST_STAGES]
     run = train(
         load_config("digits", TINY + half), tmp_path / "run", device="cpu", stages=["auxiliary", "baseline"]
     )
@@ -61,6 +61,35 @@ def test_another_seed_gives_other_weights(tiny_run, tmp_path):
     assert not torch.equal(
         weights(run, "baseline")["patch_in.weight"], weights(tiny_run, "baseline")["patch_in.weight"]
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "switch"),
+    [
+        ("flow", "importance_weighting=false"),
+        ("flow", "times=logit-normal"),
+        ("sampler", "times=logit-normal"),
+        ("sampler", "coupling=optimal-transport"),
+        ("baseline", "times=logit-normal"),
+        ("baseline", "coupling=optimal-transport"),
+    ],
+)
+def test_switches_of_a_recipe_change_what_is_learned(stage, switch, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    if stage != "baseline":
+        shutil.copytree(tiny_run / "auxiliary", run / "auxiliary")
+    train(load_config("digits", [*TINY, f"training.{stage}.{switch}"]), run, device="cpu", stages=[stage])
+    ours, theirs = weights(run, stage), weights(tiny_run, stage)
+    assert any(not torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_sampler_may_learn_z_as_it_is(tiny_run, tmp_path):
+    raw = load_config("digits", [*TINY, "training.auxiliary.standardize_latents=false"])
+    run = train(raw, tmp_path / "run", device="cpu", stages=["auxiliary", "sampler"])
+    ours, theirs = weights(run, "auxiliary"), weights(tiny_run, "auxiliary")
+    assert torch.equal(ours["latent_mean"], torch.zeros(1, 4, 1, 1))
+    assert torch.equal(ours["latent_std"], torch.ones(1, 4, 1, 1))
+    assert not torch.equal(theirs["latent_std"], torch.ones(1, 4, 1, 1))
 
 
 def test_stop_signal_saves_and_the_run_goes_on(tiny_run, tmp_path):
@@ -216,7 +245,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint_intact(tmp_p
 
 def test_averages_are_kept_resumed_and_made_into_pipelines(tmp_path):
     averages = "training.ema=[{name: short, max_decay: 0.1}, {name: long, half_life: 1000}]"
-    half = [f"training.{stage}.steps=3" for stage in STAGES]
+    half = [f"training.{stage}.steps=3" for stage in FIRST_STAGES]
     whole = train(load_config("digits", [*TINY, averages]), tmp_path / "whole", device="cpu")
     run = train(load_config("digits", [*TINY, averages, *half]), tmp_path / "run", device="cpu",
                 stages=["auxiliary", "baseline"])  # fmt: skip

@@ -16,7 +16,9 @@ def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...", help="Run folders, saved pipelines or Hub ids; RUN/baseline is plain FM."
+            metavar="MODEL...",
+            help="Run folders, saved pipelines or Hub ids; RUN/baseline is plain FM, "
+            "RUN/flow a refined model before.",
         ),
     ],
     data: Annotated[
@@ -27,8 +29,26 @@ def evaluate(
         str | None, typer.Option(help="Held-out real images; default: that split of --data, if there is one.")
     ] = None,
     steps: Annotated[str, typer.Option(help="Solver steps of the flow, comma-separated.")] = "1,2,4,8",
-    solver: Annotated[str, typer.Option(help="Solvers, comma-separated.")] = "midpoint",
-    latent_steps: Annotated[int, typer.Option(help="Solver steps of the latent sampler.")] = 4,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="Solvers of the flow, comma-separated; a model without average velocity leaves mean out. "
+            "Default: midpoint, and mean where the model has it.",
+            show_default=False,
+        ),
+    ] = None,
+    latent_solver: Annotated[
+        str | None,
+        typer.Option(
+            help="Solver of the latent sampler. Default: mean where it has an average velocity, else the "
+            "row's solver, or midpoint where that is mean.",
+            show_default=False,
+        ),
+    ] = None,
+    latent_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the latent sampler; default 1 with mean, else 4.", show_default=False),
+    ] = None,
     features: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,13 +79,16 @@ def evaluate(
     """Measure models against real images, by solver and number of steps.
 
     Writes report.html (pictures inside), results.json, table.md, plots and grids. What was measured is kept:
-    the same command goes on where it was stopped, and measures only what is new.
+    the same command goes on where it was stopped, and measures only what is new. A model with classes makes
+    all of them in turn.
 
     Examples:
 
         lediflow evaluate runs/demo runs/demo/baseline --data digits --features classifier
 
-        lediflow evaluate runs/flowers runs/flowers/baseline --data flowers/ --solver midpoint,heun3
+        lediflow evaluate runs/flowers runs/flowers/flow runs/flowers/baseline --data flowers/
+
+        lediflow evaluate runs/flowers runs/flowers/baseline --data flowers/ --solver mean,midpoint,heun3
     """
     from lediflow.evaluation.evaluate import evaluate as run
     from lediflow.evaluation.evaluation_report import speed_table, verdicts
@@ -76,7 +99,8 @@ def evaluate(
         data=data,
         validation=validation,
         steps=_numbers(steps),
-        solvers=tuple(dict.fromkeys(name.strip() for name in solver.split(","))),
+        solvers=tuple(dict.fromkeys(name.strip() for name in (solver or "").split(",") if name.strip())),
+        latent_solver=latent_solver,
         latent_steps=latent_steps,
         features=tuple(features or ()),
         num_images=num_images,

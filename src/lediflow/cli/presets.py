@@ -43,9 +43,11 @@ def presets(
 
 
 def _report(config, check_networks) -> dict:
+    counts = check_networks(config)
     return {
         "description": config.description,
         "needs": config.needs,
+        "measured": config.measured,
         "image_size": config.data.image_size,
-        "parameters": check_networks(config),
+        "parameters": {name: counts[name] for name in config.training.stages},
     }

@@ -20,12 +20,36 @@ def sample(
     ],
     num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many images.")] = 16,
     steps: Annotated[
-        int | None, typer.Option(help="Solver steps of the flow; default 2, or 8 for plain flow matching.")
+        int | None,
+        typer.Option(
+            help="Solver steps of the flow; default 1 with mean, else 2, or 8 for plain flow matching.",
+            show_default=False,
+        ),
     ] = None,
     latent_steps: Annotated[
-        int | None, typer.Option(help="Solver steps of the latent sampler; default 4. LeDiFlow only.")
+        int | None,
+        typer.Option(
+            help="Solver steps of the latent sampler; default 1 with mean, else 4. LeDiFlow only.",
+            show_default=False,
+        ),
     ] = None,
-    solver: Annotated[str, typer.Option(help="euler, midpoint, heun2, heun3, rk4 or dopri5.")] = "midpoint",
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the flow: mean (one evaluation a step), euler, midpoint, heun2, heun3, rk4 or dopri5. "
+            "Default: mean where the model has an average velocity (stage meanflow or distill), else "
+            "midpoint.",
+            show_default=False,
+        ),
+    ] = None,
+    latent_solver: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the latent sampler. Default: mean where it has an average velocity (stage "
+            "sampler-meanflow), else that of the flow, or midpoint where that is mean. LeDiFlow only.",
+            show_default=False,
+        ),
+    ] = None,
     classes: Annotated[
         list[str] | None,
         typer.Option("--class", help="Class by name or index; given again, images take them in turn."),
@@ -49,13 +73,24 @@ def sample(
     ] = None,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the model first: a minute or more, then faster. For many images."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Make new images with a trained model.
 
+    A model refined to one evaluation (see `lediflow train`) takes one step by default; RUN/flow is the same
+    model before.
+
     Examples:
 
-        lediflow sample runs/flowers -n 64 --steps 2 --latent-steps 4 --output samples
+        lediflow sample runs/flowers -n 64 --output samples
+
+        lediflow sample runs/flowers/flow -n 64 --solver midpoint --steps 2 --latent-steps 4
 
         lediflow sample runs/flowers/baseline -n 64 --steps 8 --output samples-fm
 
@@ -67,6 +102,7 @@ def sample(
 
     from lediflow.errors import UserError, nearest
     from lediflow.evaluation.report import image_grid
+    from lediflow.evaluation.sampling import in_words, latent_words
     from lediflow.evaluation.settings import DTYPES
     from lediflow.files import written_whole
     from lediflow.pipelines.base import load_pipeline, to_pil
@@ -79,9 +115,15 @@ def sample(
     pipeline = load_pipeline(model).to(where if processes.num_processes == 1 else processes.device)
     if codec is not None:
         pipeline.load_codec(codec)
+    if compile:
+        pipeline.compile()
     pipeline.set_progress_bar_config(disable=processes.num_processes > 1)
     options = _options(
-        pipeline, model, steps=steps, latent_steps=latent_steps, latent_guidance=latent_guidance
+        pipeline,
+        model,
+        {"solver": solver, "steps": steps},
+        {"latent_solver": latent_solver, "latent_steps": latent_steps},
+        latent_guidance,
     )
 
     shown, nfe, seconds = [], {}, 0.0
@@ -92,7 +134,6 @@ def sample(
             began = time.perf_counter()
             out = pipeline(
                 len(part),
-                solver=solver,
                 class_labels=classes,
                 guidance=guidance,
                 seed=seed,
@@ -123,6 +164,7 @@ def sample(
         "model": str(model),
         "images": num_images,
         "output": str(output),
+        **options,
         "nfe": nfe,
         "ms_per_image": round(1000 * seconds / num_images, 3),
     }
@@ -131,16 +173,28 @@ def sample(
     else:
         evaluations = ", ".join(f"{name} {n}" for name, n in nfe.items())
         print(f"{num_images} images in {output}; grid.png shows the first {len(images)} together")
+        latent = f", latent sampler {words}" if (words := latent_words(options)) else ""
+        print(f"flow {in_words(options['solver'], options['steps'])}{latent}")
         print(f"network evaluations: {evaluations}")
         print(f"{report['ms_per_image']} ms per image, the first batch's warm-up included")
 
 
-def _options(pipeline: Any, model: str, *, steps: int | None, **latent: Any) -> dict[str, Any]:
-    """Return what was given; refuse what only a latent sampler has, where there is none."""
+def _options(
+    pipeline: Any,
+    model: str,
+    flow: dict[str, Any],
+    latent: dict[str, Any],
+    latent_guidance: float | None,
+) -> dict[str, Any]:
+    """Settle solvers and steps; refuse what only a latent sampler has, where there is none."""
     from lediflow.errors import UserError
+    from lediflow.evaluation.sampling import settled
 
-    given = {name: value for name, value in latent.items() if value is not None}
-    if given and not hasattr(pipeline, "sampler"):
-        option = next(iter(given)).replace("_", "-")
-        raise UserError(f"{model} is plain flow matching: it has no latent sampler, leave --{option} out")
-    return given if steps is None else {"steps": steps, **given}
+    if hasattr(pipeline, "sampler"):
+        guidance = {} if latent_guidance is None else {"latent_guidance": latent_guidance}
+        return settled(pipeline, **flow, **latent) | guidance
+    for name, value in (latent | {"latent_guidance": latent_guidance}).items():
+        if value is not None:
+            option = name.replace("_", "-")
+            raise UserError(f"{model} is plain flow matching: it has no latent sampler, leave --{option} out")
+    return settled(pipeline, **flow)

@@ -25,7 +25,11 @@ def train(
     ] = None,
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="auxiliary, flow, sampler or baseline; may be given again. Default: all."),
+        typer.Option(
+            help="auxiliary, flow, sampler, baseline, meanflow, sampler-meanflow, baseline-meanflow or "
+            "distill; may be given again. Default: those of training.stages in the config.",
+            show_default=False,
+        ),
     ] = None,
     settings: Set = None,
     resume: Annotated[
@@ -36,16 +40,21 @@ def train(
 ) -> None:
     """Train the stages of LeDiFlow, and plain flow matching as the baseline.
 
+    The stages meanflow, sampler-meanflow and baseline-meanflow refine a trained flow, sampler or baseline to
+    one evaluation; distill does it for the flow by learning where it ends.
+
     Ctrl-C saves and leaves; the same command goes on where it stopped. On many GPUs start it with
     `torchrun --nproc-per-node 8 -m lediflow train ...` or `accelerate launch -m lediflow train ...`.
 
     Examples:
 
-        lediflow train flowers-64 --data photos/ --output runs/flowers
+        lediflow train flowers-64 --data photos/ --output runs/f
+
+        lediflow train flowers-64 --data photos/ --output runs/f --stage meanflow --stage sampler-meanflow
 
         lediflow train faces-32 --data "faces/*.parquet" --stage auxiliary --set training.auxiliary.beta=0.5
     """
-    from lediflow.training.config import STAGES, load_config
+    from lediflow.training.config import load_config
     from lediflow.training.processes import is_main_process
     from lediflow.training.run import summary
     from lediflow.training.run import train as train_run
@@ -59,7 +68,7 @@ def train(
     run = output or Path("runs") / Path(config).stem
     settled = load_config(config, overrides)
     try:
-        train_run(settled, run, stages=stage or STAGES, device=device, resume=resume)
+        train_run(settled, run, stages=stage or None, device=device, resume=resume)
     except Interrupted as stop:
         if is_main_process():
             print(f"{stop}; the same command goes on from there", file=sys.stderr)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from lediflow.codecs import Codec
 from lediflow.evaluation.flops import count_flops, matmul_rate, velocity_flops
 from lediflow.evaluation.latency import compare, measure
+from lediflow.evaluation.sampling import settled
 from lediflow.evaluation.settings import DTYPES
 from lediflow.flow import matching_loss, phi
 from lediflow.networks.attention import choose_backend
@@ -32,6 +33,7 @@ from lediflow.pipelines.lediflow import LeDiFlowPipeline
 
 # Table 1 of the paper: solver, steps of plain flow matching, steps of LeDiFlow's flow and latent sampler
 TABLE_1 = (("midpoint", 8, 2, 4), ("heun3", 8, 1, 2))
+FM_SOLVER = "midpoint"  # of plain flow matching, that one evaluation of an average velocity stands beside
 
 
 def benchmark(
@@ -42,7 +44,7 @@ def benchmark(
     dtype: str = "bf16",
     batch_size: int = 8,
     repeats: int = 3,
-    compile: Compile = "none",
+    compile: Compile | Literal["pipeline"] = "none",
     training: bool = True,
     gradient_checkpointing: bool = False,
 ) -> dict[str, Any]:
@@ -55,15 +57,17 @@ def benchmark(
         dtype: "fp32", "bf16" or "fp16": dtype of the weights in sampling, of autocast in training.
         batch_size: images at a time.
         repeats: timed repetitions, after one that is not timed; the median counts.
-        compile: "none", "blocks" or "model", as in the training config.
+        compile: "none", "blocks" or "model", as in the training config, or "pipeline" for what the method
+            `compile` of pipelines does; the training step is then of a compiled "model".
         training: also time a training step of the flow.
         gradient_checkpointing: of that training step.
 
     Returns:
         A dictionary that can be written as JSON: `matmul_gflops`, `attention` (backend by grid), `networks`
         (parameters, and GFLOP, ms and share of the matmul rate of one evaluation for one image), `sampling`
-        (a record for each row of Table 1, with ms per image split by network), `speedup` by solver,
-        `training`.
+        (a record for each row of Table 1, and one of a single step where the flow has an average velocity,
+        with ms per image split by network), `speedup` by solver, that of "mean" against plain flow matching
+        at 8 midpoint steps, `training`.
     """
     kind = DTYPES[dtype] or torch.float32
     rate = matmul_rate(device, kind)
@@ -84,6 +88,9 @@ def benchmark(
     }
     for model in models.values():
         model.set_progress_bar_config(disable=True)
+        if compile == "pipeline":
+            model.compile()
+            continue
         for network in model.components.values():
             if isinstance(network, Network):
                 network.compile_as(compile)
@@ -98,34 +105,48 @@ def benchmark(
     report["speedup"] = _speedups(report["sampling"])
     if untouched is not None:
         report["training"] = _training(
-            untouched, device, kind, batch_size, repeats, compile, gradient_checkpointing, rate
+            untouched,
+            device,
+            kind,
+            batch_size,
+            repeats,
+            "model" if compile == "pipeline" else compile,
+            gradient_checkpointing,
+            rate,
         )
     return report
 
 
-def pipeline_of(model: str, overrides: list[str] | None = None) -> LeDiFlowPipeline:
+def pipeline_of(
+    model: str, overrides: list[str] | None = None, *, average_velocity: bool = False
+) -> LeDiFlowPipeline:
     """Return the pipeline of a MODEL (run folder, saved pipeline, Hub id), or an untrained one of a preset.
 
     Args:
         model: MODEL, a preset's name or a config file.
         overrides: settings `a.b=value`, for a preset or config file.
+        average_velocity: of a preset's flow and sampler, also where its `training.stages` do not give it.
 
     Raises:
-        UserError: neither; or overrides for a trained model; or a model without a learned prior.
+        UserError: neither; or settings for a trained model; or a model without a learned prior.
     """
     from lediflow.errors import UserError, nearest
+    from lediflow.training.builders import build_auxiliary, build_flow, build_sampler
     from lediflow.training.config import load_config, preset_names
-    from lediflow.training.stages import build_auxiliary, build_flow, build_sampler
 
     if model in preset_names() or Path(model).suffix in (".yaml", ".yml"):
         config = load_config(model, overrides)
+        stages = set(config.training.stages)
+        flow_has_it = average_velocity or bool(stages & {"meanflow", "distill"})
+        sampler_has_it = average_velocity or "sampler-meanflow" in stages
         return LeDiFlowPipeline(
             auxiliary=build_auxiliary(config).eval(),
-            flow=build_flow(config).eval(),
-            sampler=build_sampler(config).eval(),
+            flow=build_flow(config, average_velocity=flow_has_it).eval(),
+            sampler=build_sampler(config, average_velocity=sampler_has_it).eval(),
         )
-    if overrides:
-        raise UserError("--set changes a preset or a config file; a trained model is what it is")
+    if overrides or average_velocity:
+        option = "--set" if overrides else "--average-velocity"
+        raise UserError(f"{option} changes a preset or a config file; a trained model is what it is")
     if "/" not in model and not Path(model).exists():
         raise UserError(
             f"no model or preset {model!r}{nearest(model, preset_names())}; see `lediflow presets`"
@@ -137,9 +158,9 @@ def pipeline_of(model: str, overrides: list[str] | None = None) -> LeDiFlowPipel
 
 
 def baseline_of(pipeline: LeDiFlowPipeline) -> FlowMatchingPipeline:
-    """Return plain flow matching with the flow's network without z, untrained."""
+    """Return plain flow matching with the flow's network without z and average velocity, untrained."""
     config = {k: v for k, v in pipeline.flow.config.items() if not k.startswith("_")}
-    flow = VelocityTransformer(**config | {"latent_channels": 0}).eval()
+    flow = VelocityTransformer(**config | {"latent_channels": 0, "average_velocity": False}).eval()
     return FlowMatchingPipeline(flow=flow, latent_space=pipeline.config.latent_space)
 
 
@@ -217,10 +238,13 @@ def _network_facts(
 def _sampling(
     models: dict[str, Any], batch: int, repeats: int, device: torch.device, per_evaluation: dict[str, float]
 ) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[tuple[str, dict[str, Any]]] = []
     for solver, fm_steps, steps, latent_steps in TABLE_1:
         rows.append(("flow matching", {"solver": solver, "steps": fm_steps}))
-        rows.append(("LeDiFlow", {"solver": solver, "steps": steps, "latent_steps": latent_steps}))
+        latent = {"latent_solver": solver, "latent_steps": latent_steps}
+        rows.append(("LeDiFlow", {"solver": solver, "steps": steps, **latent}))
+    if models["LeDiFlow"].flow.average_velocity:
+        rows.append(("LeDiFlow", settled(models["LeDiFlow"], solver="mean")))
     calls, evaluations = {}, {}
 
     def call(key: str, model: str, options: dict[str, Any]) -> None:
@@ -248,7 +272,11 @@ def _sampling(
 
 def _speedups(sampling: list[dict[str, Any]]) -> dict[str, float]:
     ms = {(row["model"], row["solver"]): row["ms_per_image"] for row in sampling}
-    return {solver: round(ms["flow matching", solver] / ms["LeDiFlow", solver], 2) for solver, *_ in TABLE_1}
+    return {
+        solver: round(ms["flow matching", FM_SOLVER if solver == "mean" else solver] / taken, 2)
+        for (model, solver), taken in ms.items()
+        if model == "LeDiFlow"
+    }
 
 
 # Training

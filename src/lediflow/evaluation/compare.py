@@ -25,7 +25,7 @@ from lediflow.pipelines.base import ImagePipeline, load_pipeline
 from lediflow.training.config import Config, load_config
 from lediflow.training.processes import check_device
 
-NAMES = {"": "LeDiFlow", "baseline": "flow matching"}  # folder in the run: what tables call it
+OURS, BASELINE, REFINED = "LeDiFlow", "flow matching", "one evaluation"  # what tables call the models
 GRID_IMAGES = 12
 TIMED_IMAGES = 64
 
@@ -70,6 +70,50 @@ class Comparison:
     files: list[Path]
 
 
+class Judge:
+    """The quality of images beside those of one dataset: a classifier trained on it, and its features.
+
+    Args:
+        config: of a run; its `data` has classes and held-out images.
+        classifier_steps: training steps of the classifier, batches of 64.
+        seed: of the classifier and of the subsets that a distance is the mean over.
+
+    Attributes:
+        train: the training images.
+        held_out: those that no model saw.
+        floor: what the held-out images score.
+
+    Raises:
+        UserError: the data has no classes or no held-out images.
+    """
+
+    def __init__(self, config: Config, *, classifier_steps: int = 400, seed: int = 0):
+        self.seed = seed
+        self.train, self.held_out = _images(config, "train"), _images(config, "validation")
+        self.classifier = train_classifier(
+            self.train.images,
+            self.train.labels,
+            num_classes=self.train.num_classes,
+            seed=seed,
+            steps=classifier_steps,
+            flip=config.data.flip,
+        )
+        self.reference, real = (
+            extract_features(self.classifier, data.images) for data in (self.train, self.held_out)
+        )
+        self.count = len(self.held_out)
+        self.floor = frechet_floor(self.reference, real, seed=seed)
+
+    def frechet(self, images: Tensor) -> float:
+        """Return the Frechet distance of images (N, C, H, W) in [-1, 1], at the held-out images' count."""
+        features = extract_features(self.classifier, images.cpu())
+        return frechet_at_count(features, self.reference, count=self.count, seed=self.seed)
+
+    def accuracy(self) -> float:
+        """Return the share of held-out images that the classifier names rightly."""
+        return accuracy(self.classifier, self.held_out.images, self.held_out.labels)
+
+
 def compare_run(
     run: str | Path,
     *,
@@ -82,13 +126,13 @@ def compare_run(
     classifier_steps: int = 400,
     seed: int = 0,
 ) -> Comparison:
-    """Measure both models of a run and write table.md, quality.png, grid.png and results.json into it.
+    """Measure the models of a run and write table.md, quality.png, grid.png and results.json into it.
 
     Args:
-        run: folder with all four stages trained.
-        steps: flow steps to measure.
-        solver: of the flow and the latent sampler.
-        latent_steps: steps of the latent sampler.
+        run: folder with the stages auxiliary, flow, sampler and baseline trained; refined ones have rows too.
+        steps: flow steps to measure; models with an average velocity take as many steps of "mean".
+        solver: of the flow and the latent sampler, for models without average velocity.
+        latent_steps: steps of the latent sampler, where it has no average velocity.
         groups: generated images, in multiples of the number of held-out images.
         device: "cpu", "cuda" or "mps"; None for the best there is.
         dtype: autocast of all models; None for fp32.
@@ -99,52 +143,57 @@ def compare_run(
         UserError: a stage is missing, or the data has no classes or no held-out images.
     """
     run = Path(run)
-    config = load_config(run / "config.yaml")
     where = check_device(device)
-    models = {name: load_pipeline(run / folder).to(where) for folder, name in NAMES.items()}
+    models = {name: load_pipeline(folder).to(where) for name, folder in _models(run).items()}
     for model in models.values():
         model.set_progress_bar_config(disable=True)
-
-    train, held_out = _images(config, "train"), _images(config, "validation")
-    classifier = train_classifier(
-        train.images,
-        train.labels,
-        num_classes=train.num_classes,
-        seed=seed,
-        steps=classifier_steps,
-        flip=config.data.flip,
-    )
-    reference, real = (extract_features(classifier, d.images) for d in (train, held_out))
-    count = len(held_out)
-    floor = frechet_floor(reference, real, seed=seed)
+    judge = Judge(load_config(run / "config.yaml"), classifier_steps=classifier_steps, seed=seed)
 
     def options(model: str, n: int) -> dict[str, Any]:
-        extra = {"latent_steps": latent_steps} if model == NAMES[""] else {}
-        return {"steps": n, "solver": solver, "dtype": dtype, "output_type": "pt", "seed": seed, **extra}
+        pipeline = models[model]
+        chosen = {"steps": n, "dtype": dtype, "output_type": "pt", "seed": seed}
+        if not pipeline.flow.average_velocity:
+            chosen["solver"] = solver
+        if hasattr(pipeline, "sampler") and not pipeline.sampler.average_velocity:
+            chosen |= {"latent_steps": latent_steps, "latent_solver": solver}
+        return chosen
 
-    latencies = _latencies(models, steps, options, where)
-    rows, shown = [], {"real": _real(held_out)}
-    for model, pipeline in models.items():
-        for n in steps:
-            out = pipeline(groups * count, batch_size=TIMED_IMAGES, **options(model, n))
-            features = extract_features(classifier, out.images.cpu())
-            distance = frechet_at_count(features, reference, count=count, seed=seed)
-            latency = latencies[f"{model}/{n}"]
-            rows.append(Row(model, solver, n, out.nfe, latency.ms_per_image, distance))
-            shown[f"{model}\n{n} step{'s' if n > 1 else ''}"] = out.images[:GRID_IMAGES].cpu()
-    says = verdict(_points(rows, NAMES[""]), _points(rows, NAMES["baseline"]))
+    wanted = [(model, n) for model in models for n in steps]
+    latencies = _latencies(models, wanted, options, where)
+    rows, shown = [], {"real": _real(judge.held_out)}
+    for model, n in wanted:
+        out = models[model](groups * judge.count, batch_size=TIMED_IMAGES, **options(model, n))
+        used = options(model, n).get("solver", "mean")
+        latency = latencies[f"{model}/{n}"]
+        rows.append(Row(model, used, n, out.nfe, latency.ms_per_image, judge.frechet(out.images)))
+        shown[f"{model}\n{n} step{'s' if n > 1 else ''}"] = out.images[:GRID_IMAGES].cpu()
+    says = verdict(*(_points(rows, *(m for m in models if m.startswith(name))) for name in (OURS, BASELINE)))
     table = _table(rows)
     facts = {
-        "floor": floor,
-        "classifier_accuracy": accuracy(classifier, held_out.images, held_out.labels),
-        "images_per_row": groups * count,
-        "group": count,
+        "floor": judge.floor,
+        "classifier_accuracy": judge.accuracy(),
+        "images_per_row": groups * judge.count,
+        "group": judge.count,
         "device": str(where),
         "dtype": str(dtype),
         "torch_threads": torch.get_num_threads(),
         "rows": [asdict(row) for row in rows],
     }
-    return Comparison(rows, floor, table, says, _write(run, rows, floor, table, says, facts, shown))
+    return Comparison(
+        rows, judge.floor, table, says, _write(run, rows, judge.floor, table, says, facts, shown)
+    )
+
+
+def _models(run: Path) -> dict[str, Path]:
+    """The pipelines of a run by the name that tables give them."""
+    refined = (run / "flow" / "pipeline").is_dir()
+    models = {OURS: run / "flow" if refined else run}
+    if refined:
+        models[f"{OURS}, {REFINED}"] = run
+    models[BASELINE] = run / "baseline"
+    if (run / "baseline-meanflow" / "pipeline").is_dir():
+        models[f"{BASELINE}, {REFINED}"] = run / "baseline-meanflow"
+    return models
 
 
 def _images(config: Config, split: str) -> ImageData:
@@ -164,13 +213,14 @@ def _real(data: ImageData) -> Tensor:
     return to_float(data.images[:GRID_IMAGES])
 
 
-def _latencies(models: dict[str, ImagePipeline], steps: Sequence[int], options, device) -> dict[str, Latency]:
+def _latencies(
+    models: dict[str, ImagePipeline], wanted: list[tuple[str, int]], options, device
+) -> dict[str, Latency]:
     calls = {
-        f"{model}/{n}": lambda pipeline=pipeline, model=model, n=n: pipeline(
+        f"{model}/{n}": lambda model=model, n=n: models[model](
             TIMED_IMAGES, batch_size=TIMED_IMAGES, **options(model, n)
         )
-        for model, pipeline in models.items()
-        for n in steps
+        for model, n in wanted
     }
     return compare(calls, images=TIMED_IMAGES, repeats=3, device=device)
 
@@ -191,11 +241,11 @@ def _table(rows: list[Row]) -> str:
     )
 
 
-def _points(rows: list[Row], model: str) -> list[Point]:
+def _points(rows: list[Row], *models: str) -> list[Point]:
     return [
         Point(row.steps, sum(row.nfe.values()), row.ms_per_image, row.frechet)
         for row in rows
-        if row.model == model
+        if row.model in models
     ]
 
 
@@ -208,7 +258,7 @@ def _write(
     facts: dict[str, Any],
     shown: dict[str, Tensor],
 ) -> list[Path]:
-    curves = {name: _points(rows, name) for name in NAMES.values()}
+    curves = {name: _points(rows, name) for name in dict.fromkeys(row.model for row in rows)}
     scale = max(1, 48 // shown["real"].shape[-1])
     files = [
         labelled_grid(shown, run / "grid.png", scale=scale),

@@ -13,6 +13,7 @@ from lediflow.evaluation import diagnostics as d
 from lediflow.evaluation.findings import findings, verdict
 from lediflow.evaluation.measure import in_pixels
 from lediflow.evaluation.reference import RealImages
+from lediflow.evaluation.sampling import settled
 from lediflow.pipelines.base import load_pipeline
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
@@ -28,7 +29,8 @@ def diagnose(
     *,
     validation: str | None = None,
     num_images: int = 512,
-    latent_steps: int = 4,
+    latent_solver: str | None = None,
+    latent_steps: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
     device: str | None = None,
@@ -36,11 +38,14 @@ def diagnose(
     """Measure whether the learned prior of a model helps, and why not where it does not.
 
     Args:
-        model: run folder or pipeline of LeDiFlow. Where RUN/baseline is trained, its paths stand beside.
+        model: run folder or pipeline of LeDiFlow. Where RUN/baseline is trained, its paths stand beside. The
+            paths of a distilled flow, which has only learned their ends, are those of RUN/flow.
         data: DATASET the model was trained on.
         validation: DATASET of held-out images; None for that split of `data`, else other training images.
         num_images: images of each kind, at least 50.
-        latent_steps: solver steps of the latent sampler.
+        latent_solver: of the latent sampler; None for "mean" where it has an average velocity, else
+            "midpoint".
+        latent_steps: its steps; None for 1 with "mean", else 4.
         seed: of all noise.
         batch_size: images at a time.
         device: "cpu", "cuda" or "mps"; None for the best there is.
@@ -61,9 +66,12 @@ def diagnose(
         raise UserError(
             f"a diagnosis needs at least {FEWEST} images (num_images) and a batch_size of at least 1"
         )
+    latent = settled(pipeline, latent_solver=latent_solver, latent_steps=latent_steps)
+    latent = {name: latent[f"latent_{name}"] for name in ("solver", "steps")}
     train, unseen = _images(pipeline, data, validation, num_images)
+    others = _baseline(model, where), _teacher(model, where)
     with torch.no_grad():
-        numbers = _numbers(pipeline, _baseline(model, where), train, unseen, latent_steps, seed, batch_size)
+        numbers = _numbers(pipeline, *others, train, unseen, latent, seed, batch_size)
     found = findings(numbers)
     return {
         "model": str(model),
@@ -78,9 +86,10 @@ def diagnose(
 def _numbers(
     pipeline: LeDiFlowPipeline,
     baseline: FlowMatchingPipeline | None,
+    teacher: LeDiFlowPipeline | None,
     train: RealImages,
     unseen: RealImages,
-    latent_steps: int,
+    latent: dict[str, Any],
     seed: int,
     batch_size: int,
 ) -> dict[str, Any]:
@@ -90,8 +99,8 @@ def _numbers(
     y, posterior, z = d.encode(auxiliary, unseen, seed=seed + 1, **at)
     prior, prior_train = d.decode(auxiliary, z, **at), d.decode(auxiliary, z_train, **at)
     sampled = {
-        name: d.sampled_latents(pipeline, len(z), steps=steps, seed=seed, batch_size=batch_size)
-        for name, steps in (("sampled", latent_steps), ("sampled_many", d.MANY_LATENT_STEPS))
+        name: d.sampled_latents(pipeline, len(z), **how, seed=seed, batch_size=batch_size)
+        for name, how in (("sampled", latent), ("sampled_many", {"steps": d.MANY_LATENT_STEPS}))
     }
     mean, std = auxiliary.latent_mean.cpu(), auxiliary.latent_std.cpu()
     some = sampled["sampled"][:PATHS] * std + mean
@@ -101,10 +110,14 @@ def _numbers(
         "calibration_train": d.calibration(y_train, prior_train),
         "sigma": d.sigma_floor(prior),
         "channels": d.channels(posterior),
-        "latent_steps": latent_steps,
+        "latent_sampler": latent,
         "latent_gap": d.latent_gap((z_train - mean) / std, (z - mean) / std, sampled),
-        "curvature": d.prior_curvature(pipeline, some, seed=seed, batch_size=batch_size),
+        "curvature": d.prior_curvature(pipeline, some, seed=seed, batch_size=batch_size, paths_of=teacher),
     }
+    if pipeline.sampler.average_velocity:
+        numbers["sampler_curvature"] = d.sampler_curvature(
+            pipeline, len(some), seed=seed, batch_size=batch_size
+        )
     if baseline is not None:
         numbers["baseline_curvature"] = d.gaussian_curvature(
             baseline, y.shape[1:], len(some), seed=seed, batch_size=batch_size
@@ -142,3 +155,14 @@ def _baseline(model: str | Path, device: torch.device) -> FlowMatchingPipeline |
         return None
     pipeline = load_pipeline(folder).to(device)
     return pipeline if isinstance(pipeline, FlowMatchingPipeline) else None
+
+
+def _teacher(model: str | Path, device: torch.device) -> LeDiFlowPipeline | None:
+    """Return what a distilled model of a run folder learned from, or None for any other model."""
+    path = Path(model)
+    trained = {name for name in ("meanflow", "distill") if (path / name / "checkpoints").is_dir()}
+    run = path.parent if path.name == "distill" else path if trained == {"distill"} else None
+    if run is None or not (run / "flow" / "pipeline" / "model_index.json").is_file():
+        return None
+    pipeline = load_pipeline(run / "flow").to(device)
+    return pipeline if isinstance(pipeline, LeDiFlowPipeline) else None

@@ -179,21 +179,31 @@ def _null_spread(a: Tensor, b: Tensor, kernel: Any, draws: int = 20) -> float:
     return torch.tensor(found).std().item()
 
 
-def curvature(field: Any, x: Tensor, *, solver: str = "midpoint", batch_size: int = 64) -> dict[str, Any]:
+def curvature(
+    field: Any,
+    x: Tensor,
+    *,
+    average: Any = None,
+    solver: str = "midpoint",
+    batch_size: int = 64,
+    unit: float = GREY_LEVELS,
+) -> dict[str, Any]:
     """Return how far few steps end from many, and how straight paths are.
 
     Args:
         field: field(t, state, rows) -> velocity of the rows of x.
         x: starts, (N, C, H, W), on the field's device.
+        average: average(t, state, rows, r) -> average velocity over [t, r]; None where there is none.
         solver: of all step counts.
         batch_size: paths at a time.
+        unit: distances in x are multiplied by it; grey levels of 255 for images in [-1, 1].
 
     Returns:
-        "error", root-mean-square distance of the ends of 1, 2, 4, 8 steps from those of 64, in grey levels
-        of 255, by step count, with "euler_1" beside them; "length", that of the 64-step paths' chords, in
-        the same unit; "straightness", E|v_t - chord|² / E|chord|² averaged over t, 0 for straight paths (Liu
-        et al., "Flow straight and fast", 2023, eq. 10, here relative to the chord); and "profile", the same
-        in eighths of the path from start to end.
+        "error", root-mean-square distance of the ends of 1, 2, 4, 8 steps from those of 64, by step count,
+        with "euler_1" beside them, and "mean_1" for one step of the average velocity; "length", that of the
+        64-step paths' chords, in the same unit; "straightness", E|v_t - chord|² / E|chord|² averaged over t,
+        0 for straight paths (Liu et al., "Flow straight and fast", 2023, eq. 10, here relative to the
+        chord); and "profile", the same in eighths of the path from start to end.
     """
     ends: dict[str, list[Tensor]] = {}
     bends, chords = [], []
@@ -214,23 +224,36 @@ def curvature(field: Any, x: Tensor, *, solver: str = "midpoint", batch_size: in
             solution = ode.integrate(on_rows, x[rows], steps=count, solver=solver)
             ends.setdefault(str(count), []).append(solution.end)
         ends.setdefault("euler_1", []).append(ode.integrate(on_rows, x[rows], steps=1, solver="euler").end)
+        if average is not None:
+
+            def average_on_rows(t: Tensor, state: Tensor, r: Tensor, rows: slice = rows) -> Tensor:
+                return average(t, state, rows, r)
+
+            solution = ode.integrate(average_on_rows, x[rows], steps=1, solver="mean")
+            ends.setdefault("mean_1", []).append(solution.end)
     joined = {name: torch.cat(parts).double() for name, parts in ends.items()}
     length = torch.cat(chords).mean()
     profile = torch.cat(bends, dim=1).mean(1) / length
     return {
         "error": {
-            name: (end - joined["fine"]).square().mean().sqrt().item() * GREY_LEVELS
+            name: (end - joined["fine"]).square().mean().sqrt().item() * unit
             for name, end in joined.items()
             if name != "fine"
         },
-        "length": length.sqrt().item() * GREY_LEVELS,
+        "length": length.sqrt().item() * unit,
         "straightness": profile.mean().item(),
         "profile": profile.view(TIMES, -1).mean(1).tolist(),
     }
 
 
 def sampled_latents(
-    pipeline: LeDiFlowPipeline, count: int, *, steps: int, seed: int, batch_size: int
+    pipeline: LeDiFlowPipeline,
+    count: int,
+    *,
+    steps: int,
+    solver: str = "midpoint",
+    seed: int,
+    batch_size: int,
 ) -> Tensor:
     """Return z of the latent sampler, standardised, (count, c, h, w), on the CPU."""
     ends = []
@@ -244,21 +267,57 @@ def sampled_latents(
             device=pipeline.device,
         )
         field, _ = velocity_field(pipeline.sampler, None, pipeline.labels_of(indices, None))
-        solution = ode.integrate(field, w, steps=steps)
+        solution = ode.integrate(field, w, steps=steps, solver=solver)
         ends.append(solution.end.cpu())
     return torch.cat(ends)
 
 
-def prior_curvature(pipeline: LeDiFlowPipeline, z: Tensor, *, seed: int, batch_size: int) -> dict[str, Any]:
-    """Return `curvature` of the flow from P_L at given z (N, c, h, w), not standardised, without a class."""
+def sampler_curvature(
+    pipeline: LeDiFlowPipeline, count: int, *, seed: int, batch_size: int
+) -> dict[str, Any]:
+    """Return `curvature` of the latent sampler from w, in standard deviations of z, all classes in turn."""
+    shape, indices = pipeline.auxiliary.latent_shape, range(count)
+    w = image_noise(shape, seed=seed, indices=indices, stream="w", device=pipeline.device)
+    labels = pipeline.labels_of(indices, None)
+
+    def field(t: Tensor, state: Tensor, rows: slice, r: Tensor | None = None) -> Tensor:
+        return pipeline.sampler(state, t, None, None if labels is None else labels[rows], r)
+
+    average = field if pipeline.sampler.average_velocity else None
+    return curvature(field, w, average=average, batch_size=batch_size, unit=1.0)
+
+
+def prior_curvature(
+    pipeline: LeDiFlowPipeline,
+    z: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    paths_of: LeDiFlowPipeline | None = None,
+) -> dict[str, Any]:
+    """Return `curvature` of the flow from P_L at given z (N, c, h, w), not standardised, without a class.
+
+    Args:
+        pipeline: the model, whose average velocity is measured where it has one.
+        z: auxiliary latents.
+        seed: of the noise x.
+        batch_size: paths at a time.
+        paths_of: the model whose velocity makes the paths, on the same auxiliary model; None for `pipeline`.
+    """
     prior = decode(pipeline.auxiliary, z, batch_size=batch_size, device=pipeline.device)
     noise = image_noise(prior.mean.shape[1:], seed=seed, indices=range(len(z)), stream="x")
     z, x = z.to(pipeline.device), prior.at(noise).to(pipeline.device)
 
-    def field(t: Tensor, state: Tensor, rows: slice) -> Tensor:
-        return pipeline.flow(state, t, z[rows], pipeline.no_class(len(state)))
+    flow = (paths_of or pipeline).flow
 
-    return curvature(field, x, batch_size=batch_size)
+    def field(t: Tensor, state: Tensor, rows: slice) -> Tensor:
+        return flow(state, t, z[rows], pipeline.no_class(len(state)))
+
+    def average(t: Tensor, state: Tensor, rows: slice, r: Tensor) -> Tensor:
+        return pipeline.flow(state, t, z[rows], pipeline.no_class(len(state)), r)
+
+    has_average = pipeline.flow.average_velocity
+    return curvature(field, x, average=average if has_average else None, batch_size=batch_size)
 
 
 def gaussian_curvature(

@@ -41,11 +41,13 @@ from lediflow.evaluation.pairs import Lpips
 from lediflow.evaluation.ranks import from_first, is_first, join_launch
 from lediflow.evaluation.real_side import RealSide, count_notes, named, open_real_side
 from lediflow.evaluation.reference import default_cache
+from lediflow.evaluation.sampling import in_words, latent_words, settled
 from lediflow.evaluation.settings import Settings
 from lediflow.files import write_text, written_whole
 from lediflow.pipelines.base import ImagePipeline, load_pipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.training.processes import check_device
+from lediflow.training.stage_config import STAGES
 
 FORMAT = 1  # of a row: raise it when a metric changes its meaning
 SHOWN_IMAGES = 12
@@ -99,27 +101,23 @@ def evaluate(
     output, cache = Path(output), Path(cache) if cache else default_cache()
     loaded = [_load(path, where, settings) for path in models]
     _name_apart(loaded)
+    wanted = [(model, request) for model in loaded for request in _requests(model, settings)]
+    if not wanted:
+        raise UserError(
+            "nothing is left to measure: no model has an average velocity; train one with "
+            "`lediflow train ... --stage meanflow`, or give another --solver, such as midpoint"
+        )
+    loaded = [model for model in loaded if any(model is other for other, _ in wanted)]
     lpips = Lpips(where) if settings.lpips else None
     sides, notes = _real_sides(loaded, settings, cache, where)
     rows, pictures, timed, keys = [], [], [], []
-    for model in loaded:
-        for solver in settings.solvers:
-            for steps in settings.steps:
-                request = Request(
-                    solver,
-                    steps,
-                    settings.latent_steps,
-                    settings.num_images,
-                    settings.seed,
-                    settings.batch_size,
-                    settings.dtype,
-                )
-                key = _key(model, sides[model.shape], request, settings, where)
-                row, shown = _row(model, sides[model.shape], request, settings, output / "rows" / key, lpips)
-                rows.append(row)
-                pictures.append(shown)
-                timed.append((model.pipeline, request))
-                keys.append(key)
+    for model, request in wanted:
+        key = _key(model, sides[model.shape], request, settings, where)
+        row, shown = _row(model, sides[model.shape], request, settings, output / "rows" / key, lpips)
+        rows.append(row)
+        pictures.append(shown)
+        timed.append((model.pipeline, request))
+        keys.append(key)
     for row, times in zip(rows, _timings(timed, keys, output), strict=True):
         row |= times
     results = _results(settings, loaded, sides, rows, notes, where)
@@ -132,12 +130,14 @@ def evaluate(
 def _load(path: str, device: torch.device, settings: Settings) -> Model:
     pipeline = load_pipeline(path).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    request = Request(settings.solvers[0], 1, 1, 1, 0, 1, settings.dtype)
+    request = Request(
+        **settled(pipeline, steps=1, latent_steps=1), num_images=1, seed=0, batch_size=1, dtype=settings.dtype
+    )
     channels, height, width = request.images(pipeline, range(1)).images.shape[1:]
     if height != width:
         raise UserError(f"{path} makes images of {height}x{width}; only square ones can be evaluated")
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    name = "/".join(Path(path).parts[-2 if Path(path).name in ("baseline", "pipeline") else -1 :])
+    name = "/".join(Path(path).parts[-2 if Path(path).name in (*STAGES, "pipeline") else -1 :])
     return Model(name, path, pipeline, (channels, height, width), weights_digest(*parts))
 
 
@@ -149,6 +149,29 @@ def _name_apart(models: list[Model]) -> None:
             model.name = model.path
     if len({model.name for model in models}) < len(models):
         raise UserError("the same model was given twice")
+
+
+def _requests(model: Model, settings: Settings) -> list[Request]:
+    """Return the rows of a model: every solver that it has by every number of steps."""
+    solvers = settings.solvers or ("mean", "midpoint")
+    if not model.pipeline.flow.average_velocity:
+        if "mean" in settings.solvers:
+            _say(f"{model.name}: no row with solver mean, because the model has no average velocity")
+        solvers = tuple(solver for solver in solvers if solver != "mean")
+    names = ("num_images", "seed", "batch_size", "dtype")
+    common: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    latent: dict[str, Any] = {
+        "latent_solver": settings.latent_solver,
+        "latent_steps": settings.latent_steps,
+    }
+    try:
+        return [
+            Request(**settled(model.pipeline, solver=solver, steps=steps, **latent), **common)
+            for solver in solvers
+            for steps in settings.steps
+        ]
+    except UserError as error:
+        raise UserError(f"{model.name}: {error}") from None
 
 
 def _real_sides(
@@ -174,7 +197,9 @@ def _row(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a row and its pictures: from `path` where they were measured before, else measured and kept."""
     kept = from_first(lambda: _read_row(path))
-    label = f"{model.name}, {request.solver}, {request.steps} step{'s' if request.steps > 1 else ''}"
+    label = f"{model.name}, {in_words(request.solver, request.steps)}"
+    if words := latent_words(asdict(request)):
+        label += f" (latent sampler: {words})"
     if kept is not None:
         _say(f"{label}: measured before")
         row, shown = kept

@@ -15,6 +15,7 @@ from torch import Tensor
 from lediflow.data.images import to_float
 from lediflow.evaluation.reference import RealImages
 from lediflow.evaluation.report import Point, labelled_grid, markdown_table, quality_plot, verdict
+from lediflow.evaluation.sampling import in_words, latent_words
 from lediflow.files import write_text
 
 NETWORKS = ("flow", "sampler", "decoder", "codec")
@@ -81,13 +82,13 @@ def write_report(
 def speed_table(results: Mapping[str, Any], headline: str) -> str:
     """Return the table like the paper's Table 1: evaluations and milliseconds by network, and one metric."""
     shown = [n for n in NETWORKS if any(n in row["ms_per_image"] for row in results["rows"])]
-    headers = ["model", "solver", "steps", "evaluations", "ms / image", *(f"{n} ms" for n in shown)]
+    headers = [*_names(results), "evaluations", "ms / image", *(f"{n} ms" for n in shown)]
     rows = []
     for row in results["rows"]:
         ms = row["ms_per_image"]
         evaluations = " + ".join(f"{count} {name}" for name, count in row["nfe"].items())
         rows.append(
-            [row["model"], row["solver"], row["steps"], evaluations, f"{ms['total']:.2f}"]
+            [*_named(row, results), evaluations, f"{ms['total']:.2f}"]
             + [f"{ms[name]:.2f}" if name in ms else "" for name in shown]
             + [f"{ms['other']:.2f}", f"{row['images_per_second']:.1f}", interval(row["metrics"][headline])]
         )
@@ -98,15 +99,27 @@ def quality_table(results: Mapping[str, Any]) -> str:
     """Return the table of all metrics with their intervals; the last rows are the floors."""
     names = list(dict.fromkeys(name for row in results["rows"] for name in row["metrics"]))
     rows = [
-        [row["model"], row["solver"], str(row["steps"])]
+        _named(row, results)
         + [interval(row["metrics"][name]) if name in row["metrics"] else "" for name in names]
         for row in results["rows"]
     ]
     for real in results["real"]:
         if real["floor"]:
             cells = [interval(real["floor"][name]) if name in real["floor"] else "" for name in names]
-            rows.append([f"{real['floor_images']} real images, {real['shape'][1]} px", "", "", *cells])
-    return markdown_table(["model", "solver", "steps", *names], rows)
+            who = [f"{real['floor_images']} real images, {real['shape'][1]} px"]
+            rows.append([*who, *[""] * (len(_names(results)) - 1), *cells])
+    return markdown_table([*_names(results), *names], rows)
+
+
+def _names(results: Mapping[str, Any]) -> list[str]:
+    """Headers of what tells rows apart; the latent sampler has a column where a model has one."""
+    latent = any(latent_words(row) for row in results["rows"])
+    return ["model", "solver", "steps", *(["latent sampler"] if latent else [])]
+
+
+def _named(row: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    """The cells below `_names`."""
+    return [row["model"], row["solver"], str(row["steps"]), latent_words(row)][: len(_names(results))]
 
 
 def interval(estimate: Mapping[str, float]) -> str:
@@ -140,12 +153,13 @@ def _point(row: Mapping[str, Any], metric: str) -> Point:
         found["value"],
         found["low"],
         found["high"],
+        row["solver"],
     )
 
 
 def _plots(results: Mapping[str, Any], features: Mapping[str, str], output: Path) -> list[Path]:
     """Write a plot for each metric of these features that a logarithmic axis can show."""
-    several = len(results["settings"]["solvers"]) > 1
+    several = len({row["solver"] for row in results["rows"]}) > 1
     written = []
     metrics = dict.fromkeys([features["headline"], *_distances(results, features["name"])])
     for metric in metrics:
@@ -214,7 +228,7 @@ def _neighbours(
         )
         grid = {"generated": to_float(shown["closest"]), "closest\ntraining image": to_float(training)}
         path = output / f"closest-{_file_name(name)}.png"
-        title = f"{name}, {row['solver']}, {row['steps']} steps"
+        title = f"{name}, {in_words(row['solver'], row['steps'])}"
         written.append(labelled_grid(grid, path, scale=_scale(training), title=title))
     return written
 
@@ -233,7 +247,7 @@ def _how(results: Mapping[str, Any]) -> str:
     names = ", ".join(features["name"] for features in results["features"])
     return (
         f"{settings['num_images']} generated images in each row, seed {settings['seed']}. Real: {counts}. "
-        f"Features: {names}. Latent sampler: {settings['latent_steps']} steps. Intervals: 95 %, "
+        f"Features: {names}. Intervals: 95 %, "
         f"{settings['bootstrap']} bootstrap replicates. Times: {results['device_name']} "
         f"({results['torch_threads']} threads), {settings['dtype']}, batches of {settings['batch_size']}, "
         f"torch {results['torch']}."

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lediflow.evaluation.diagnostics import FINE_STEPS, MANY_LATENT_STEPS, STEPS
+from lediflow.evaluation.sampling import in_words
 
 Grade = Literal["good", "fair", "poor"]
 VISIBLE = 3.0  # grey levels of 255, root mean square: below that two images look the same
+NEAR_Z = 0.1  # standard deviations of z, root mean square: below that two z mean the same image
 ACTIVE = 0.01  # variance of q's mean over images above which a channel of z is used
 
 
@@ -34,15 +36,22 @@ class Finding:
 
 def findings(numbers: Mapping[str, Any]) -> list[Finding]:
     """Judge every number."""
-    return [
+    found = [
         _transport(numbers["transport"]),
         _calibration(numbers["calibration"], numbers["calibration_train"]),
         _floor(numbers["sigma"]),
         _channels(numbers["channels"]),
-        _gap(numbers["latent_gap"], numbers["latent_steps"]),
+        _gap(numbers["latent_gap"], numbers["latent_sampler"]),
         _paths(numbers["curvature"], numbers.get("baseline_curvature")),
         _straightness(numbers["curvature"], numbers.get("baseline_curvature")),
     ]
+    if "mean_1" in numbers["curvature"]["error"]:
+        error = numbers["curvature"]["error"]
+        found.append(_one_evaluation("the flow", error, "grey levels", VISIBLE, "meanflow (or distill)"))
+    if "sampler_curvature" in numbers:
+        error, stage = numbers["sampler_curvature"]["error"], "sampler-meanflow"
+        found.append(_one_evaluation("the latent sampler", error, "sigma of z", NEAR_Z, stage))
+    return found
 
 
 def verdict(numbers: Mapping[str, Any], found: list[Finding]) -> str:
@@ -164,13 +173,13 @@ def _channels(channels: list[Mapping[str, float]]) -> Finding:
     return Finding(name, value, "good", "Every channel carries something, and none is without noise.")
 
 
-def _gap(gap: Mapping[str, Any], latent_steps: int) -> Finding:
+def _gap(gap: Mapping[str, Any], sampler: Mapping[str, Any]) -> Finding:
     unseen, now, many = gap["unseen"], gap["sampled"], gap["sampled_many"]
     value = (
-        f"MMD {now['share']:.1%} of what plain noise leaves ({latent_steps} steps; {many['share']:.1%} with "
-        f"{MANY_LATENT_STEPS}; below {gap['noise']:.1%} it is noise); density {now['density']:.2f} and "
-        f"coverage {now['coverage']:.2f} (z of held-out images: {unseen['density']:.2f}, "
-        f"{unseen['coverage']:.2f})"
+        f"MMD {now['share']:.1%} of what plain noise leaves ({in_words(**sampler)}; {many['share']:.1%} "
+        f"with {in_words('midpoint', MANY_LATENT_STEPS)}; below {gap['noise']:.1%} it is noise); density "
+        f"{now['density']:.2f} and coverage {now['coverage']:.2f} (z of held-out images: "
+        f"{unseen['density']:.2f}, {unseen['coverage']:.2f})"
     )
     name = "gap between sampled z and encoded z"
 
@@ -244,4 +253,30 @@ def _straightness(paths: Mapping[str, Any], baseline: Mapping[str, Any] | None) 
         "poor",
         says + " The prior does not make the flow's work easier.",
         "Train the flow stage longer, or improve the prior.",
+    )
+
+
+def _one_evaluation(part: str, error: Mapping[str, float], unit: str, near: float, stage: str) -> Finding:
+    """Judge where one step of an average velocity ends, from where many steps from the same start do."""
+    one, two, euler = (error[name] for name in ("mean_1", "1", "euler_1"))
+    name = f"one evaluation of {part}"
+    value = (
+        f"ends {one:.2f} {unit} from {in_words('midpoint', FINE_STEPS)} (1 midpoint step, two evaluations: "
+        f"{two:.2f}; 1 Euler step: {euler:.2f})"
+    )
+    if one <= near:
+        return Finding(name, value, "good", "One evaluation ends where many do.")
+    if one <= two:
+        return Finding(name, value, "good", "One evaluation ends as near as the two of a midpoint step.")
+    change = f"Train the stage {stage} longer; until then a midpoint step, two evaluations, is better."
+    if one < 0.9 * euler:
+        return Finding(
+            name, value, "fair", "One evaluation helps, but two of a midpoint step end nearer.", change
+        )
+    return Finding(
+        name,
+        value,
+        "poor",
+        "One evaluation ends no nearer than an Euler step: the average velocity is not learnt.",
+        change,
     )

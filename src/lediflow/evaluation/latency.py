@@ -56,6 +56,7 @@ def compare(
     repeats: int = 5,
     warmup: int = 1,
     device: str | torch.device = "cpu",
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Latency]:
     """Time several functions in turn, A B C A B C ..., so that the machine's drift meets all alike.
 
@@ -65,6 +66,8 @@ def compare(
         repeats: timed calls of each candidate, at least 1.
         warmup: untimed calls of each, taken in the same turns before the timed ones, 0 or more.
         device: where the work is done. On CUDA the clock is read only after all queued work is done.
+        clock: in seconds; None for the time of day. ``time.process_time`` counts what the CPU did for this
+            process, all threads added up: of one thread it says more on a machine that others keep busy.
 
     Returns:
         A :class:`Latency` for each name, in the order given.
@@ -81,21 +84,22 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in fns}
     for turn in range(warmup + repeats):
         for name, fn in fns.items():
-            taken = time_once(fn, where)
+            taken = time_once(fn, where, clock)
             if turn >= warmup:
                 seconds[name].append(taken)
     return {name: _summary(taken, images) for name, taken in seconds.items()}
 
 
-def time_once(fn: Callable[[], Any], device: torch.device) -> float:
+def time_once(fn: Callable[[], Any], device: torch.device, clock: Callable[[], float] | None = None) -> float:
     """Return the seconds of one call, with all queued work of a CUDA device done before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    clock = clock or time.perf_counter
+    start = clock()
     fn()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _summary(seconds: list[float], images: int) -> Latency:

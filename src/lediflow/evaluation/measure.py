@@ -36,26 +36,33 @@ class Request:
     """How a row's images are made.
 
     Attributes:
-        solver: of the flow (and of the latent sampler).
+        solver: of the flow.
         steps: of the flow.
-        latent_steps: of the latent sampler; ignored by plain flow matching.
         num_images: how many.
         seed: image i depends on (seed, i) only.
         batch_size: images at a time, and the batch that is timed.
         dtype: fp32, bf16 or fp16.
+        latent_solver: of the latent sampler; None for plain flow matching, or the pipeline's default.
+        latent_steps: of the latent sampler, likewise.
     """
 
     solver: str
     steps: int
-    latent_steps: int
     num_images: int
     seed: int
     batch_size: int
     dtype: str
+    latent_solver: str | None = None
+    latent_steps: int | None = None
 
     def images(self, pipeline: ImagePipeline, indices: range) -> Any:
-        """Make the images `indices`; return the pipeline's output, images (n, C, H, W) in [-1, 1]."""
-        options = {"latent_steps": self.latent_steps} if hasattr(pipeline, "sampler") else {}
+        """Make the images `indices`; return the pipeline's output, images (n, C, H, W) in [-1, 1].
+
+        A model with classes makes all of them in turn.
+        """
+        options: dict[str, Any] = {}
+        if hasattr(pipeline, "sampler"):
+            options = {"latent_solver": self.latent_solver, "latent_steps": self.latent_steps}
         return pipeline(
             len(indices),
             first_image=indices.start,

@@ -38,6 +38,7 @@ class Point:
         value: the metric, above 0; lower is better.
         low: lower end of its interval; None for none.
         high: upper end.
+        solver: of the steps, where several are compared.
     """
 
     steps: int
@@ -46,6 +47,7 @@ class Point:
     value: float
     low: float | None = None
     high: float | None = None
+    solver: str = ""
 
 
 def image_grid(
@@ -256,7 +258,7 @@ def _nearly_best(baseline: Sequence[Point], best: Point) -> str:
 
 
 def _steps(point: Point) -> str:
-    return f"{point.steps} step{'s' if point.steps > 1 else ''}"
+    return " ".join(filter(None, (str(point.steps), point.solver, "steps" if point.steps > 1 else "step")))
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -21,8 +21,11 @@ class Settings:
         data: DATASET of the real images, its training split: the reference.
         validation: DATASET of held-out images; None for the split of that name, if there is one.
         steps: of the flow.
-        solvers: of the flow (and of the latent sampler).
-        latent_steps: of the latent sampler.
+        solvers: of the flow; empty for "midpoint", and "mean" before it for models that have an average
+            velocity. A model without one leaves "mean" out.
+        latent_solver: of the latent sampler; None for "mean" where it has an average velocity, else for the
+            row's solver, or "midpoint" where that is "mean".
+        latent_steps: of the latent sampler; None for 1 with "mean", else 4.
         features: feature networks; empty for CLIP, or for the classifier where CLIP cannot be had.
         num_images: generated for each row.
         reference_images: most real images that are used.
@@ -37,8 +40,9 @@ class Settings:
     data: str
     validation: str | None = None
     steps: tuple[int, ...] = (1, 2, 4, 8)
-    solvers: tuple[str, ...] = ("midpoint",)
-    latent_steps: int = 4
+    solvers: tuple[str, ...] = ()
+    latent_solver: str | None = None
+    latent_steps: int | None = None
     features: tuple[str, ...] = ()
     num_images: int = 1000
     reference_images: int = 50_000
@@ -50,11 +54,12 @@ class Settings:
     classifier_steps: int = 400
 
     def __post_init__(self) -> None:
-        for solver in self.solvers:
-            for steps in (*self.steps, self.latent_steps):
+        if not self.steps:
+            raise UserError("give at least one number of steps")
+        for solver in self.solvers or ("midpoint",):
+            for steps in self.steps:
                 check_solver(solver, steps)
-        if not self.steps or not self.solvers:
-            raise UserError("give at least one solver and one number of steps")
+        check_solver(self.latent_solver or "midpoint", 1 if self.latent_steps is None else self.latent_steps)
         if self.dtype not in DTYPES:
             raise UserError(
                 f"unknown dtype {self.dtype!r}{nearest(self.dtype, DTYPES)}; choose from {', '.join(DTYPES)}"

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -80,13 +82,17 @@ def constant(function: Callable[P, R]) -> Callable[P, R]:
     """
     cached = lru_cache(maxsize=64)(function)
 
-    @wraps(function)
-    def call(*args: Any) -> Any:
+    @torch.compiler.assume_constant_result
+    def boxed(*args: Any, **kwargs: Any) -> tuple[R]:
         # what is first made in inference mode could not be used in training afterwards
         with torch.inference_mode(False):
-            return cached(*args)
+            return (cached(*args, **kwargs),)  # torch.compile fails at a second tensor that is not in a tuple
 
-    return torch.compiler.assume_constant_result(call)
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return boxed(*args, **kwargs)[0]
+
+    return call
 
 
 # Which backend
@@ -97,13 +103,41 @@ def forced_backend() -> str | None:
     return os.environ.get(VARIABLE) or None
 
 
+_forward_mode = False
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Compute all attention by products and a softmax, whose derivative in forward mode torch knows.
+
+    Fused kernels have none, so flex and natten, where they were forced, are replaced with a warning.
+    """
+    global _forward_mode
+    outer, _forward_mode = _forward_mode, True
+    try:
+        yield
+    finally:
+        _forward_mode = outer
+
+
 def choose_backend(
     grid: tuple[int, int], kernel_size: int | None, device: torch.device, backend: str | None = None
 ) -> str:
     """Return what computes the attention of a grid: "global", or one of `BACKENDS`, forced or the best."""
     if kernel_size is None or min(grid) < kernel_size or max(grid) == kernel_size:
         return "global"
-    return backend or forced_backend() or best_backend(grid, device)
+    wanted = backend or forced_backend()
+    if not _forward_mode:
+        return wanted or best_backend(grid, device)
+    if wanted in ("flex", "natten"):
+        warnings.warn(
+            f"attention backend {wanted!r} has no derivative in forward mode; where an average velocity "
+            "needs one, attention is computed explicitly",
+            stacklevel=2,
+        )
+    elif wanted:
+        return wanted
+    return "dense" if grid[0] * grid[1] < TILED_FROM else "tiles"
 
 
 def best_backend(grid: tuple[int, int], device: torch.device) -> str:
@@ -149,7 +183,7 @@ def check_backend(name: str | None) -> None:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    if _explicit_is_faster(q, k):
+    if _forward_mode or _explicit_is_faster(q, k):
         return _explicit_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 

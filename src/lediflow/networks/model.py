@@ -33,7 +33,7 @@ class Network(SafetensorsOnly, nn.Module):
     # read by diffusers
     _repeated_blocks = ["Block"]  # noqa: RUF012
     _supports_gradient_checkpointing = True
-    _keep_in_fp32_modules = ["time_features", "latent_mean", "latent_std"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["time_features", "interval_features", "latent_mean", "latent_std"]  # noqa: RUF012
 
     def compile_as(self, how: Compile, **options: Any) -> None:
         """Compile the repeated block or the whole network in place; the names of the weights stay.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +17,11 @@ from torch import Tensor
 from lediflow.codecs import Codec, LatentSpace
 from lediflow.data.images import to_uint8
 from lediflow.errors import UserError
-from lediflow.networks.model import SafetensorsOnly
+from lediflow.networks.hourglass import pair
+from lediflow.networks.model import Network, SafetensorsOnly
 from lediflow.ode import check_solver
 from lediflow.pipelines.guidance import ClassLabels, check_labels
+from lediflow.sources import image_noise, put
 
 
 @dataclass
@@ -47,6 +48,7 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
     """
 
     _optional_components = ["vae"]  # noqa: RUF012  what diffusers reads
+    _one_graph: Callable[..., tuple[Tensor, dict[str, int]]] | None = None  # what `compile` made of `_images`
 
     def load_codec(self, name: str | Path | None = None) -> None:
         """Load the codec of the latents from where it was when they were made, or from `name`.
@@ -67,10 +69,59 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
         self.register_modules(vae=codec.model)
 
     @abstractmethod
+    def _noise(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
+        """Draw all that is random in the images `indices` of the request, on the pipeline's device."""
+
+    @abstractmethod
+    def _images(
+        self, noise: tuple[Tensor, ...], labels: Tensor | None, *, steps: int, solver: str, **options: Any
+    ) -> tuple[Tensor, dict[str, int]]:
+        """Turn noise into images (N, C, H, W), and count the evaluations of each network.
+
+        With solver "mean" nothing in it waits for the device; torchdiffeq's solvers compare times there.
+        """
+
+    def compile(self, **options: Any) -> None:
+        """Compile what turns noise into images, in place; the first request then takes a minute or more.
+
+        With solver "mean", in `LeDiFlowPipeline` for flow and latent sampler, all from noise to image is one
+        graph, on CUDA one CUDA graph. The other solvers are torchdiffeq's, which looks at the times between
+        evaluations: with them each network is compiled for itself. All batches of more than one image share a
+        graph, so a smaller last batch needs none of its own; one image alone does, and so do other steps,
+        another guidance and another dtype. Weights may change afterwards.
+
+        Args:
+            options: of torch.compile. The one graph's mode is "reduce-overhead" on CUDA by default; that of
+                networks is not, for a solver needs their results longer than a CUDA graph keeps them.
+        """
+        mode = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
+        self._one_graph = torch.compile(self._images, **mode | options)
+        for name, network in self.components.items():
+            if isinstance(network, Network):
+                # the decoder is not its module's forward, but its blocks are nearly all of it
+                network.compile_as("blocks" if name == "auxiliary" else "model", **options)
+
     def _generate(
-        self, indices: Sequence[int], nfe: Counter[str], *, seed: int, steps: int, solver: str, **options: Any
-    ) -> Tensor:
-        """Make the images `indices` of the request; count the evaluations of each network in `nfe`."""
+        self, indices: Sequence[int], *, seed: int, class_labels: ClassLabels, **options: Any
+    ) -> tuple[Tensor, dict[str, int]]:
+        """Make the images `indices` of the request; return them and the evaluations of each network."""
+        labels = self.labels_of(indices, class_labels)
+        noise = self._noise(indices, seed)
+        if self._one_graph is None or {options["solver"], options.get("latent_solver", "mean")} != {"mean"}:
+            return self._images(noise, labels, **options)
+        for x in (*noise, labels):
+            if x is not None and len(x) > 1:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self._one_graph(noise, labels, **options)
+
+    def _draw(self, shape: Sequence[int], indices: Sequence[int], seed: int, stream: str) -> Tensor:
+        return image_noise(shape, seed=seed, indices=indices, stream=stream, device=self.device)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the flow makes: images, or a codec's latents."""
+        config = self.flow.config
+        return (config.in_channels, *pair(config.sample_size))
 
     @property
     def class_names(self) -> list[str]:
@@ -87,7 +138,7 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
         turn = check_labels(class_labels, self.flow.num_classes, self.config.get("id2label"))
         if not turn:
             return None
-        return torch.tensor([turn[i % len(turn)] for i in indices], device=self.device)
+        return put(torch.tensor([turn[i % len(turn)] for i in indices]), self.device)
 
     def no_class(self, count: int) -> Tensor | None:
         """Return "no class" for `count` images, (count,), or None for a model without classes."""
@@ -122,15 +173,15 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
         wanted = range(first_image, first_image + num_images)
         with self.progress_bar(total=num_images) as bar:
             for start in range(0, num_images, batch_size):
-                indices, nfe = wanted[start : start + batch_size], Counter[str]()
+                indices = wanted[start : start + batch_size]
                 with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-                    batch = self._generate(indices, nfe, seed=seed, steps=steps, solver=solver, **options)
+                    batch, nfe = self._generate(indices, seed=seed, steps=steps, solver=solver, **options)
                 images.append(self._visible(batch.float(), nfe, output_type))
                 bar.update(len(indices))
         joined = torch.cat(images)
-        return PipelineOutput(images=to_pil(joined) if output_type == "pil" else joined, nfe=dict(nfe))
+        return PipelineOutput(images=to_pil(joined) if output_type == "pil" else joined, nfe=nfe)
 
-    def _visible(self, batch: Tensor, nfe: Counter[str], output_type: str) -> Tensor:
+    def _visible(self, batch: Tensor, nfe: dict[str, int], output_type: str) -> Tensor:
         """Clamp pixels; undo the scale of latents, and decode them unless they are what is wanted."""
         if self.config.latent_space is None:
             return batch.clamp(-1, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,11 +10,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from lediflow import ode
-from lediflow.networks.hourglass import pair
 from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.base import ImagePipeline, PipelineOutput
-from lediflow.pipelines.guidance import ClassLabels, velocity_field
-from lediflow.sources import image_noise
+from lediflow.pipelines.guidance import ClassLabels, settle_solver, velocity_field
 
 
 class FlowMatchingPipeline(ImagePipeline):
@@ -45,8 +42,8 @@ class FlowMatchingPipeline(ImagePipeline):
         self,
         num_images: int = 1,
         *,
-        steps: int = 8,
-        solver: str = "midpoint",
+        steps: int | None = None,
+        solver: str | None = None,
         class_labels: ClassLabels = None,
         guidance: float = 1.0,
         seed: int = 0,
@@ -57,6 +54,8 @@ class FlowMatchingPipeline(ImagePipeline):
     ) -> PipelineOutput:
         """Make images; arguments as in `LeDiFlowPipeline`, without a latent sampler.
 
+        The default is 8 midpoint steps, or one evaluation of the average velocity where the flow has it.
+
         Returns:
             A `PipelineOutput`; its nfe has the key flow, and codec for decoded latents.
 
@@ -64,6 +63,7 @@ class FlowMatchingPipeline(ImagePipeline):
             UserError: unknown solver or class, guidance without classes, steps, num_images or batch_size
                 below 1, or no codec for the latents.
         """
+        solver, steps = settle_solver(self.flow, solver, steps, 8)
         return self._request(
             num_images,
             first_image=first_image,
@@ -77,13 +77,12 @@ class FlowMatchingPipeline(ImagePipeline):
             guidance=guidance,
         )
 
-    def _generate(
-        self, indices: Sequence[int], nfe: Counter[str], *, seed: int, steps: int, solver: str, **options: Any
-    ) -> Tensor:
-        shape = (self.flow.config.in_channels, *pair(self.flow.config.sample_size))
-        x = image_noise(shape, seed=seed, indices=indices, stream="x", device=self.device)
-        labels = self.labels_of(indices, options["class_labels"])
+    def _noise(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
+        return (self._draw(self.sample_shape, indices, seed, "x"),)
+
+    def _images(
+        self, noise: tuple[Tensor, ...], labels: Tensor | None, *, steps: int, solver: str, **options: Any
+    ) -> tuple[Tensor, dict[str, int]]:
         field, evaluations = velocity_field(self.flow, None, labels, options["guidance"])
-        solution = ode.integrate(field, x, steps=steps, solver=solver)
-        nfe["flow"] = solution.nfe * evaluations
-        return solution.end
+        solution = ode.integrate(field, noise[0], steps=steps, solver=solver)
+        return solution.end, {"flow": solution.nfe * evaluations}

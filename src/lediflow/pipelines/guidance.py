@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lediflow.errors import UserError, nearest
 from lediflow.networks.velocity import VelocityTransformer
+from lediflow.ode import Field, check_solver
 
 ClassLabels = int | str | Sequence[int | str] | None
 
@@ -18,7 +19,7 @@ def velocity_field(
     z: Tensor | None = None,
     class_labels: Tensor | None = None,
     guidance: float = 1.0,
-) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+) -> tuple[Field, int]:
     """Return the field to integrate, and how many evaluations of the network each of its calls is.
 
     v = v_none + guidance * (v_class - v_none). With guidance 1 that is v_class, one evaluation; otherwise the
@@ -34,17 +35,43 @@ def velocity_field(
         UserError: guidance without classes.
     """
     if guidance == 1:
-        return lambda t, state: network(state, t, z, class_labels), 1
+        return lambda t, state, r=None: network(state, t, z, class_labels, r), 1
     if class_labels is None:
         raise UserError(f"guidance {guidance:g} needs a model with classes; leave it at 1")
     both = torch.cat((torch.full_like(class_labels, network.num_classes), class_labels))
     twice = None if z is None else torch.cat((z, z))
 
-    def guided(t: Tensor, state: Tensor) -> Tensor:
-        none, with_class = network(torch.cat((state, state)), t, twice, both).chunk(2)
+    def guided(t: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
+        none, with_class = network(torch.cat((state, state)), t, twice, both, r).chunk(2)
         return torch.lerp(none, with_class, guidance)
 
     return guided, 2
+
+
+def settle_solver(
+    network: VelocityTransformer, solver: str | None, steps: int | None, default_steps: int
+) -> tuple[str, int]:
+    """Return solver and steps, by default one step of the average velocity where the network has it.
+
+    Args:
+        network: theta_FM, theta_L or the baseline.
+        solver: one of `ode.SOLVERS`; None for "mean" where it can be, and "midpoint" otherwise.
+        steps: None for 1 with "mean", and `default_steps` otherwise.
+        default_steps: of a network that has only a velocity.
+
+    Raises:
+        UserError: unknown solver, steps below 1, or "mean" for a network without average velocity.
+    """
+    solver = solver or ("mean" if network.average_velocity else "midpoint")
+    steps = (1 if solver == "mean" else default_steps) if steps is None else steps
+    check_solver(solver, steps)
+    if solver == "mean" and not network.average_velocity:
+        raise UserError(
+            "solver 'mean' needs an average velocity, and this model has none; train it with "
+            "`lediflow train ... --stage meanflow` (sampler-meanflow for the latent sampler, "
+            "baseline-meanflow for plain flow matching), or use another solver, such as midpoint"
+        )
+    return solver, steps
 
 
 def check_labels(

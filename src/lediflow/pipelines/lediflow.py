@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,8 +13,7 @@ from lediflow import ode
 from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.base import ImagePipeline, PipelineOutput
-from lediflow.pipelines.guidance import ClassLabels, velocity_field
-from lediflow.sources import image_noise
+from lediflow.pipelines.guidance import ClassLabels, settle_solver, velocity_field
 
 
 class LeDiFlowPipeline(ImagePipeline):
@@ -49,9 +47,9 @@ class LeDiFlowPipeline(ImagePipeline):
         self,
         num_images: int = 1,
         *,
-        steps: int = 2,
-        latent_steps: int = 4,
-        solver: str = "midpoint",
+        steps: int | None = None,
+        latent_steps: int | None = None,
+        solver: str | None = None,
         latent_solver: str | None = None,
         class_labels: ClassLabels = None,
         guidance: float = 1.0,
@@ -66,10 +64,12 @@ class LeDiFlowPipeline(ImagePipeline):
 
         Args:
             num_images: how many.
-            steps: solver steps of the flow model.
-            latent_steps: solver steps of the latent sampler.
-            solver: one of `ode.SOLVERS`.
-            latent_solver: of the latent sampler; None for `solver`.
+            steps: solver steps of the flow model; None for 2, or 1 with "mean".
+            latent_steps: solver steps of the latent sampler; None for 4, or 1 with "mean".
+            solver: one of `ode.SOLVERS`; None for "mean" where the flow has an average velocity, otherwise
+                "midpoint".
+            latent_solver: of the latent sampler; None for "mean" where it has an average velocity, else for
+                `solver`, or "midpoint" where that is "mean".
             class_labels: one class or several, by index or name, which the images take in turn: image i is of
                 class_labels[i % len(class_labels)]. None for all classes in turn.
             guidance: of the flow model, 1 for none; any other value takes two evaluations a call.
@@ -89,7 +89,10 @@ class LeDiFlowPipeline(ImagePipeline):
             UserError: unknown solver or class, guidance without classes, steps, num_images or batch_size
                 below 1, or no codec for the latents.
         """
-        ode.check_solver(latent_solver or solver, latent_steps)
+        if latent_solver is None and not self.sampler.average_velocity:
+            latent_solver = None if solver == "mean" else solver
+        solver, steps = settle_solver(self.flow, solver, steps, 2)
+        latent_solver, latent_steps = settle_solver(self.sampler, latent_solver, latent_steps, 4)
         return self._request(
             num_images,
             first_image=first_image,
@@ -100,29 +103,30 @@ class LeDiFlowPipeline(ImagePipeline):
             dtype=dtype,
             output_type=output_type,
             latent_steps=latent_steps,
-            latent_solver=latent_solver or solver,
+            latent_solver=latent_solver,
             class_labels=class_labels,
             guidance=guidance,
             latent_guidance=latent_guidance,
         )
 
-    def _generate(
-        self, indices: Sequence[int], nfe: Counter[str], *, seed: int, steps: int, solver: str, **options: Any
-    ) -> Tensor:
-        w = image_noise(
-            self.auxiliary.latent_shape, seed=seed, indices=indices, stream="w", device=self.device
-        )
-        labels = self.labels_of(indices, options["class_labels"])
-        field, evaluations = velocity_field(self.sampler, None, labels, options["latent_guidance"])
-        solution = ode.integrate(field, w, steps=options["latent_steps"], solver=options["latent_solver"])
-        z = self.auxiliary.unstandardize(solution.end)
-        nfe["sampler"] = solution.nfe * evaluations
+    def _noise(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
+        w = self._draw(self.auxiliary.latent_shape, indices, seed, "w")
+        return w, self._draw(self.sample_shape, indices, seed, "x")
 
-        prior = self.auxiliary.decode(z)
-        nfe["decoder"] = 1
-        noise = image_noise(prior.mean.shape[1:], seed=seed, indices=indices, stream="x", device=self.device)
+    def _images(
+        self, noise: tuple[Tensor, ...], labels: Tensor | None, *, steps: int, solver: str, **options: Any
+    ) -> tuple[Tensor, dict[str, int]]:
+        """w -> z -> P_L -> x -> y."""
+        w, noise_x = noise
+        field, latent_evaluations = velocity_field(self.sampler, None, labels, options["latent_guidance"])
+        latent = ode.integrate(field, w, steps=options["latent_steps"], solver=options["latent_solver"])
+        z = self.auxiliary.unstandardize(latent.end)
 
+        x = self.auxiliary.decode(z).at(noise_x)
         field, evaluations = velocity_field(self.flow, z, labels, options["guidance"])
-        solution = ode.integrate(field, prior.at(noise), steps=steps, solver=solver)
-        nfe["flow"] = solution.nfe * evaluations
-        return solution.end
+        image = ode.integrate(field, x, steps=steps, solver=solver)
+        return image.end, {
+            "sampler": latent.nfe * latent_evaluations,
+            "decoder": 1,
+            "flow": image.nfe * evaluations,
+        }

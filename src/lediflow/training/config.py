@@ -7,25 +7,32 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from lediflow.errors import UserError, nearest
+from lediflow.training.stage_config import (
+    STAGES,
+    AuxiliaryStageConfig,
+    Count,
+    CoupledStageConfig,
+    DistillStageConfig,
+    FlowStageConfig,
+    Positive,
+    PriorMeanFlowStageConfig,
+    Section,
+    SourceMeanFlowStageConfig,
+    StageConfig,
+    StageName,
+    section,
+)
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
 Size = Positive | tuple[Positive, Positive]
-StageName = Literal["auxiliary", "flow", "sampler", "baseline"]
-STAGES: tuple[StageName, ...] = ("auxiliary", "flow", "sampler", "baseline")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which images, and how they are brought to size."""
 
     train: str | None = Field(
@@ -46,7 +53,7 @@ class DataConfig(_Section):
     max_broken: float = Field(0.5, ge=0, le=1, description="share of unreadable images that stops the run")
 
 
-class CodecConfig(_Section):
+class CodecConfig(Section):
     """The autoencoder in whose latents the flow works (a diffusers AutoencoderKL or AutoencoderTiny)."""
 
     model: str = Field(..., description="local folder or Hub id")
@@ -54,7 +61,7 @@ class CodecConfig(_Section):
     channels: Positive = Field(4, description="of the latents")
 
 
-class LevelsConfig(_Section):
+class LevelsConfig(Section):
     """Sizes that every network has."""
 
     patch_size: Positive = 1
@@ -96,22 +103,7 @@ class FlowConfig(LevelsConfig):
     )
 
 
-class StageConfig(_Section):
-    """How one stage is optimised (AdamW)."""
-
-    steps: Positive = 1000
-    batch_size: Positive = 64
-    learning_rate: float = Field(3e-4, gt=0)
-    warmup_steps: Count = Field(100, description="linear warm-up")
-    schedule: Literal["constant", "cosine", "linear", "inverse-sqrt"] = Field(
-        "constant", description="after warm-up; cosine and linear end at 0"
-    )
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(1e-2, ge=0, description="on matrices only")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-
-
-class AverageConfig(_Section):
+class AverageConfig(Section):
     """One exponential moving average (EMA) of the weights."""
 
     name: str = Field("power", pattern="^[a-z0-9][a-z0-9-]*$")
@@ -122,23 +114,14 @@ class AverageConfig(_Section):
     )
 
 
-class AuxiliaryStageConfig(StageConfig):
-    """Stage `auxiliary`."""
-
-    beta: float = Field(
-        1.0, ge=0, description="weight of the KL term, 1 is the ELBO (see gaussian.elbo_loss)"
-    )
-
-
-class FlowStageConfig(StageConfig):
-    """Stage `flow`."""
-
-    importance_weighting: bool = Field(True, description="eq. 6 instead of eq. 2")
-
-
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """What all stages share, and each stage's own settings."""
 
+    stages: tuple[StageName, ...] = Field(
+        ("auxiliary", "flow", "sampler", "baseline"),
+        min_length=1,
+        description="what `lediflow train` trains when no --stage is given",
+    )
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="fp16 needs a GPU")
     parallel: Literal["ddp", "fsdp"] = Field(
@@ -169,8 +152,12 @@ class TrainingConfig(_Section):
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     auxiliary: AuxiliaryStageConfig = AuxiliaryStageConfig()
     flow: FlowStageConfig = FlowStageConfig()
-    sampler: StageConfig = StageConfig()
-    baseline: StageConfig = StageConfig()
+    sampler: CoupledStageConfig = CoupledStageConfig()
+    baseline: CoupledStageConfig = CoupledStageConfig()
+    meanflow: PriorMeanFlowStageConfig = PriorMeanFlowStageConfig()
+    sampler_meanflow: SourceMeanFlowStageConfig = SourceMeanFlowStageConfig()
+    baseline_meanflow: SourceMeanFlowStageConfig = SourceMeanFlowStageConfig()
+    distill: DistillStageConfig = DistillStageConfig()
 
     @field_validator("ema")
     @classmethod
@@ -180,11 +167,12 @@ class TrainingConfig(_Section):
         return ema
 
 
-class Config(_Section):
+class Config(Section):
     """All settings of a run; what a preset, a YAML file and a run's config.yaml hold."""
 
     description: str = ""
     needs: str = Field("", description="memory and time, in words")
+    measured: str = Field("", description="what it gave, and the command that measured it")
     data: DataConfig = DataConfig()
     codec: CodecConfig | None = Field(None, description="null trains on pixels")
     auxiliary: AuxiliaryConfig
@@ -204,7 +192,7 @@ class Config(_Section):
 
     def stage(self, name: StageName) -> StageConfig:
         """Return the settings of the stage `name`."""
-        stage: StageConfig = getattr(self.training, name)
+        stage: StageConfig = getattr(self.training, section(name))
         return stage
 
     def to_yaml(self) -> str:
@@ -216,6 +204,7 @@ class Config(_Section):
 FREE_KEYS = (
     "description",
     "needs",
+    "measured",
     "data.train",
     "data.validation",
     "data.workers",
@@ -232,7 +221,8 @@ FREE_KEYS = (
     "training.parallel",
     "training.accumulate",
     "training.spike",
-    *(f"training.{stage}.steps" for stage in STAGES),
+    "training.stages",
+    *(f"training.{section(stage)}.steps" for stage in STAGES),
 )
 
 

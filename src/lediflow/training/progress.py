@@ -64,7 +64,7 @@ class Progress:
     """A live bar on a terminal, a line now and then in a log file: step, loss, images/s, memory, time left.
 
     Args:
-        name: of the stage.
+        name: of the stage, or of what else is under way.
         start: the step that training goes on from.
         steps: the last step.
         silent: show nothing; for all processes but the main one.
@@ -95,12 +95,10 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
-    def update(self, step: int, *, loss: float | None, images_per_second: float, memory: float) -> None:
-        """Show the state after `step` steps; memory in GB."""
+    def update(self, step: int, status: str) -> None:
+        """Show the state after `step` steps."""
         if self.silent:
             return
-        shown = "loss -" if loss is None else f"loss {loss:.4f}"
-        status = f"{shown}  {images_per_second:.0f} images/s  {memory:.1f} GB"
         if self.live is not None and self.task is not None:
             self.live.update(self.task, completed=step, status=status)
             return

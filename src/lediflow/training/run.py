@@ -5,8 +5,11 @@ RUN/<stage>/                checkpoints/step-N/, metrics.jsonl, previews/
 RUN/latent_space.json       codec and scale of the latents, where it trains on latents
 RUN/broken-images.txt       the images that were left out, and why
 RUN/logs/<stage>/           TensorBoard
-RUN/pipeline/               what LeDiFlowPipeline.from_pretrained loads
+RUN/pipeline/               what LeDiFlowPipeline.from_pretrained loads, of the most refined stages there are
+RUN/flow/pipeline/          the same before refinement, once something is refined
+RUN/distill/pipeline/       with the flow of `distill`, where there is one
 RUN/baseline/pipeline/      what FlowMatchingPipeline.from_pretrained loads
+RUN/baseline-meanflow/pipeline/
 RUN/averages/NAME/          the same two with a further average of the weights, for each in training.ema
 RUN/README.md               model card
 """
@@ -18,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,11 +29,11 @@ from accelerate import Accelerator
 from lediflow.data.batches import TrainingData
 from lediflow.errors import UserError, nearest
 from lediflow.files import explained, write_folder, write_text
-from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.training import checkpoint
-from lediflow.training.config import STAGES, Config, StageName, differences, load_config
+from lediflow.training.builders import BUILDERS
+from lediflow.training.config import Config, differences, load_config
 from lediflow.training.inputs import (
     describe,
     keep_latent_space,
@@ -39,7 +43,9 @@ from lediflow.training.inputs import (
     report_broken,
 )
 from lediflow.training.processes import check_device, make_accelerator, on_main
-from lediflow.training.stages import BUILDERS, Latents, build_stage
+from lediflow.training.refine import DistillStage, build_stage
+from lediflow.training.stage_config import NEEDS_LATENTS, STAGES, TEACHERS, StageName
+from lediflow.training.stages import Latents
 from lediflow.training.trackers import check_tracker, start_tracker, stop_tracker
 from lediflow.training.trainer import Interrupted, check_batches, fit
 
@@ -48,7 +54,7 @@ def train(
     config: Config,
     output: str | Path,
     *,
-    stages: Iterable[str] = STAGES,
+    stages: Iterable[str] | None = None,
     device: str | None = None,
     resume: bool = True,
 ) -> Path:
@@ -57,7 +63,9 @@ def train(
     Args:
         config: every setting.
         output: run folder; where it holds the same run already, each stage goes on from its last checkpoint.
-        stages: which stages; `flow` and `sampler` need `auxiliary`, trained now or earlier.
+        stages: which stages; None for those of `training.stages`. What a stage needs must be trained now or
+            earlier: `flow` and `sampler` need `auxiliary`; `meanflow` and `distill` need `flow`;
+            `sampler-meanflow` and `baseline-meanflow` need the stage they are named for.
         device: "cpu", "cuda" or "mps"; None for the best there is.
         resume: False moves each of the stages' earlier folders aside and trains it again.
 
@@ -65,7 +73,7 @@ def train(
         UserError: an impossible config, unreadable data, another run in `output`, an unknown stage or device.
         Interrupted: after SIGINT or SIGTERM, with the state saved.
     """
-    run, chosen = Path(output), _in_order(stages)
+    run, chosen = Path(output), _in_order(config.training.stages if stages is None else stages)
     check_networks(config)
     check_device(device)
     check_tracker(config)
@@ -74,6 +82,7 @@ def train(
         config.training, device, log_with=None if tracker == "none" else tracker, project_dir=run / "logs"
     )
     check_batches(config, chosen, accelerator.num_processes)
+    _check_derivatives(config, chosen, accelerator.num_processes)
     _refuse_another_run(run, config, chosen, resume)
     if not accelerator.is_main_process:
         warnings.simplefilter("ignore", UserWarning)  # the main process says it
@@ -103,16 +112,24 @@ def _train_stages(
     *,
     resume: bool,
 ) -> None:
-    latents: Latents | None = None  # of the auxiliary stage, which comes first; flow and sampler share them
+    latents: Latents | None = None  # of the auxiliary stage, which comes first; several stages share them
     classes = data.class_names if config.data.classes else []
     for name in chosen:
         must_agree: dict[str, object] = {} if name == "auxiliary" else {"classes": classes}
-        if name in ("flow", "sampler"):
+        if name in NEEDS_LATENTS:
             if latents is None:
                 with torch.no_grad(), accelerator.autocast():
                     latents = Latents(load_network(run, "auxiliary", config), data, accelerator.device)
             must_agree["auxiliary"] = checkpoint.digest(last_checkpoint(run, "auxiliary"))
-        stage = build_stage(name, config, data, accelerator.device, latents)
+        teacher = None
+        if name in TEACHERS and not getattr(config.stage(name), "from_scratch", False):
+            teacher = load_network(run, TEACHERS[name], config)
+            must_agree[TEACHERS[name]] = checkpoint.digest(last_checkpoint(run, TEACHERS[name]))
+        stage = build_stage(
+            name, config, data, accelerator.device, latents if name in NEEDS_LATENTS else None, teacher
+        )
+        if isinstance(stage, DistillStage):
+            _prepare_pairs(stage, run, must_agree, accelerator)
         start_tracker(accelerator, config, run, name)
         try:
             last = fit(stage, run / name, accelerator, must_agree=must_agree, resume=resume)
@@ -121,6 +138,22 @@ def _train_stages(
         if accelerator.is_main_process:
             _say(f"{name}: done, {last}")
         on_main(accelerator, lambda: _conclude(run, config, data))
+
+
+def _prepare_pairs(
+    stage: DistillStage, run: Path, must_agree: dict[str, object], accelerator: Accelerator
+) -> None:
+    settings = {"pairs": stage.settings.pairs, "steps": stage.settings.teacher_steps}
+    identity = json.dumps(must_agree | settings | {"seed": stage.config.training.seed}, sort_keys=True)
+    with accelerator.autocast():
+        stage.make_pairs(
+            run / stage.name / "pairs",
+            identity,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+    accelerator.wait_for_everyone()
+    stage.load_pairs()
 
 
 def _conclude(run: Path, config: Config, data: TrainingData) -> None:
@@ -187,29 +220,44 @@ def _write_pipelines(
     run: Path, config: Config, class_names: Sequence[str], target: Path, average: str
 ) -> None:
     trained = {name for name in STAGES if checkpoint.steps_on_disk(run / name / "checkpoints")}
-    id2label = {str(i): name for i, name in enumerate(class_names)} or None
-    if {"auxiliary", "flow", "sampler"} <= trained and _same_auxiliary(run):
-        # flow and sampler were trained with the first average of the auxiliary model
-        auxiliary: AuxiliaryModel = load_network(run, "auxiliary", config)
-        pipeline = LeDiFlowPipeline(
-            auxiliary=auxiliary,
-            flow=load_network(run, "flow", config, average),
-            sampler=load_network(run, "sampler", config, average),
-            latent_space=latent_space(run),
-            id2label=id2label,
-        )
-        write_folder(target / "pipeline", lambda folder: pipeline.save_pretrained(folder))
-    if "baseline" in trained:
-        baseline = FlowMatchingPipeline(
-            flow=load_network(run, "baseline", config, average),
-            latent_space=latent_space(run),
-            id2label=id2label,
-        )
-        write_folder(target / "baseline" / "pipeline", lambda folder: baseline.save_pretrained(folder))
+    common: dict[str, Any] = {
+        "latent_space": latent_space(run),
+        "id2label": {str(i): name for i, name in enumerate(class_names)} or None,
+    }
+    for folder, stages in _variants(run, trained).items():
+        networks = {
+            # flow and sampler were trained with the first average of the auxiliary model
+            part: load_network(run, stage, config, "ema" if stage == "auxiliary" else average)
+            for part, stage in stages.items()
+        }
+        kind: Any = LeDiFlowPipeline if "auxiliary" in stages else FlowMatchingPipeline
+        pipeline = kind(**networks, **common)
+        write_folder(target / folder / "pipeline", pipeline.save_pretrained)
+
+
+def _variants(run: Path, trained: set[StageName]) -> dict[str, dict[str, StageName]]:
+    """Return the pipelines that a run can have: folder -> part of the pipeline -> stage that trained it."""
+    variants: dict[str, dict[str, StageName]] = {
+        name: {"flow": name} for name in ("baseline", "baseline-meanflow") if name in trained
+    }
+    fits = [name for name in NEEDS_LATENTS if name in trained and _same_auxiliary(run, name)]
+
+    def first(*names: StageName) -> StageName | None:
+        return next((name for name in names if name in fits), None)
+
+    flow, sampler = first("meanflow", "distill", "flow"), first("sampler-meanflow", "sampler")
+    if flow and sampler:
+        best: dict[str, StageName] = {"auxiliary": "auxiliary", "flow": flow, "sampler": sampler}
+        variants["."] = best
+        if "distill" in fits and flow != "distill":
+            variants["distill"] = best | {"flow": "distill"}
+        if {"flow", "sampler"} <= set(fits) and (flow, sampler) != ("flow", "sampler"):
+            variants["flow"] = best | {"flow": "flow", "sampler": "sampler"}
+    return variants
 
 
 def summary(run: Path, config: Config) -> str:
-    """Return what was trained, a line per stage, and the commands to type next."""
+    """Return what was trained, a line per stage, and a command to type next for each pipeline."""
     lines = [f"run folder: {run}"]
     for name in STAGES:
         path = run / name / "metrics.jsonl"
@@ -222,17 +270,17 @@ def summary(run: Path, config: Config) -> str:
                 f"  {name}: {last['step']} steps, {loss}, {last['images_per_second']:.0f} images/s{skipped}"
             )
     guided = " --guidance 1.5" if config.data.classes else ""
-    for model in (run, run / "baseline"):
+    for folder in (".", "distill", "baseline", "baseline-meanflow"):
+        model = run / folder
         if (model / "pipeline").is_dir():
             lines.append(f"next: lediflow sample {model} -n 64{guided} --output {model / 'samples'}")
     return "\n".join(lines)
 
 
-def _same_auxiliary(run: Path) -> bool:
-    """Whether flow and sampler were trained on the auxiliary model that is there now."""
-    now = checkpoint.digest(last_checkpoint(run, "auxiliary"))
-    saved = (checkpoint.load_state(last_checkpoint(run, name)) for name in ("flow", "sampler"))
-    return all(state.get("auxiliary") == now for state in saved)
+def _same_auxiliary(run: Path, name: StageName) -> bool:
+    """Whether a stage was trained on the auxiliary model that is there now."""
+    saved = checkpoint.load_state(last_checkpoint(run, name))
+    return bool(saved.get("auxiliary") == checkpoint.digest(last_checkpoint(run, "auxiliary")))
 
 
 def _in_order(stages: Iterable[str]) -> list[StageName]:
@@ -241,6 +289,16 @@ def _in_order(stages: Iterable[str]) -> list[StageName]:
         if name not in STAGES:
             raise UserError(f"unknown stage {name!r}{nearest(name, STAGES)}; choose from {', '.join(STAGES)}")
     return [name for name in STAGES if name in wanted]
+
+
+def _check_derivatives(config: Config, chosen: list[StageName], processes: int) -> None:
+    """Raise UserError where a derivative in forward mode would have to cross shards of weights."""
+    sharded = processes > 1 and config.training.parallel == "fsdp"
+    wrong = [name for name in chosen if name.endswith("meanflow")]
+    if sharded and wrong:
+        raise UserError(
+            f"stage {wrong[0]} does not work with training.parallel=fsdp; use ddp, or the stage distill"
+        )
 
 
 def _refuse_another_run(run: Path, config: Config, chosen: list[StageName], resume: bool) -> None:
@@ -256,8 +314,12 @@ def _refuse_another_run(run: Path, config: Config, chosen: list[StageName], resu
         raise UserError(
             f"{run} holds a run of another config ({listed}); choose another --output, or --no-resume"
         )
-    if changed and set(chosen) != set(STAGES):
-        raise UserError(f"{run}: with another config, --no-resume must train all stages (leave --stage out)")
+    kept = [n for n in STAGES if checkpoint.steps_on_disk(run / n / "checkpoints") and n not in chosen]
+    if changed and kept:
+        raise UserError(
+            f"{run}: with another config, --no-resume must train all stages that are there again; "
+            f"missing: {', '.join(kept)}"
+        )
 
 
 def _claim(run: Path, config: Config, data: TrainingData, chosen: list[StageName], resume: bool) -> None:
@@ -286,10 +348,9 @@ def _model_card(run: Path, config: Config) -> str:
     counts = check_networks(config)
     rows = []
     for name in STAGES:
-        steps = checkpoint.steps_on_disk(run / name / "checkpoints")
-        settings = config.stage(name)
-        images = f"{steps[-1] * settings.batch_size:,}" if steps else "not trained"
-        rows.append(f"| {name} | {counts[name] / 1e6:.2f} M | {steps[-1] if steps else 0} | {images} |")
+        if steps := checkpoint.steps_on_disk(run / name / "checkpoints"):
+            images = steps[-1] * config.stage(name).batch_size
+            rows.append(f"| {name} | {counts[name] / 1e6:.2f} M | {steps[-1]} | {images:,} |")
     return f"""---
 library_name: lediflow
 pipeline_tag: unconditional-image-generation
@@ -314,7 +375,11 @@ images = pipe(num_images=16, steps=2, seed=0).images
 ```
 
 Every setting is in `config.yaml`.
-"""
+{_measured(config)}"""
+
+
+def _measured(config: Config) -> str:
+    return f"What these settings gave when they were measured: {config.measured}\n" if config.measured else ""
 
 
 def _say(text: str) -> None:

@@ -4,12 +4,14 @@ auxiliary  y -> q(z|y) -> P_L                 eq. 4 and 5
 flow       x ~ P_L -> y, given z and t        eq. 6
 sampler    w ~ N(0, 1) -> z, standardised     eq. 2
 baseline   x ~ N(0, 1) -> y                   eq. 2, the flow's network without z
+
+The stages that refine these to one evaluation are in refine.py.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,51 +21,14 @@ from lediflow import flow, ode
 from lediflow.data.batches import TrainingData
 from lediflow.gaussian import DiagonalGaussian, elbo_loss
 from lediflow.networks.auxiliary import AuxiliaryModel
-from lediflow.networks.velocity import VelocityTransformer
-from lediflow.sources import BatchNoise, derive_seed, image_noise
-from lediflow.training.config import Config, StageConfig, StageName
+from lediflow.sources import BatchNoise, derive_seed, image_noise, optimal_coupling
+from lediflow.training.builders import BUILDERS
+from lediflow.training.config import Config
+from lediflow.training.stage_config import StageName
 
 PREVIEW_IMAGES = 8
 Batch = dict[str, Tensor]
 Losses = tuple[Tensor, dict[str, Tensor]]
-
-
-def build_auxiliary(config: Config) -> AuxiliaryModel:
-    """Build theta_E and theta_D for the config's image size; raises UserError for sizes that do not fit."""
-    channels, *size = config.sample_shape
-    return AuxiliaryModel(sample_size=size, in_channels=channels, **config.auxiliary.model_dump())
-
-
-def build_flow(config: Config, *, conditional: bool = True) -> VelocityTransformer:
-    """Build theta_FM, or the baseline's network (the same without z) when not `conditional`."""
-    channels, *size = config.sample_shape
-    sizes = config.flow.model_dump() | {"num_classes": config.data.classes}
-    if conditional:
-        sizes |= {
-            "latent_channels": config.auxiliary.latent_channels,
-            "latent_size": config.auxiliary.latent_size,
-        }
-    else:
-        sizes.pop("latent_conditioning")
-    return VelocityTransformer(sample_size=size, in_channels=channels, **sizes)
-
-
-def build_sampler(config: Config) -> VelocityTransformer:
-    """Build theta_L, a flow on z."""
-    return VelocityTransformer(
-        sample_size=config.auxiliary.latent_size,
-        in_channels=config.auxiliary.latent_channels,
-        num_classes=config.data.classes,
-        **config.sampler.model_dump(),
-    )
-
-
-BUILDERS: dict[StageName, Callable[[Config], nn.Module]] = {
-    "auxiliary": build_auxiliary,
-    "flow": build_flow,
-    "sampler": build_sampler,
-    "baseline": lambda config: build_flow(config, conditional=False),
-}
 
 
 class Stage(ABC):
@@ -73,14 +38,16 @@ class Stage(ABC):
         name: of the stage.
         network: what is trained.
         settings: how it is optimised.
+        step: which one the loss is asked for; set by the loop.
     """
 
     name: StageName
     network: Any
+    step = 0
 
     def __init__(self, config: Config, data: TrainingData, device: torch.device):
         self.config, self.data, self.device = config, data, device
-        self.settings: StageConfig = config.stage(self.name)
+        self.settings: Any = config.stage(self.name)
         self.network = self.build().to(device)
 
     def build(self) -> Any:
@@ -159,6 +126,8 @@ class AuxiliaryStage(Stage):
 
     def finish(self):
         """Measure mean and standard deviation of z per channel over the training set."""
+        if not self.settings.standardize_latents:
+            return
         posterior = encode_all(self.network, self.data, self.device, workers=self.config.data.workers)
         mean = posterior.mean.mean((0, 2, 3), keepdim=True)
         variance = (posterior.mean - mean).square() + posterior.std.square()
@@ -201,92 +170,117 @@ class _OnLatents(Stage):
         self.latents, self.auxiliary = latents, latents.auxiliary
 
 
-class FlowStage(_OnLatents):
-    """Learn to carry x ~ P_L to y."""
+@dataclass(frozen=True)
+class Pairs:
+    """What a velocity is learned from.
 
-    name = "flow"
+    Attributes:
+        x: source samples, (B, C, H, W).
+        y: their targets, (B, C, H, W).
+        z: auxiliary latents of y, (B, c, h, w), where the network has z.
+        sigma: standard deviation of x at each element, where the loss is divided by it (eq. 6).
+    """
+
+    x: Tensor
+    y: Tensor
+    z: Tensor | None = None
+    sigma: Tensor | None = None
+
+
+class VelocityStage(Stage):
+    """A stage that learns to carry x to y.
+
+    Attributes:
+        solver: of the previews.
+    """
+
+    solver = "midpoint"
+
+    @abstractmethod
+    def pairs(self, batch: Batch, noise: BatchNoise) -> Pairs:
+        """Draw the source samples of a batch."""
 
     def loss(self, model, batch, noise):
-        """Importance-weighted flow matching, eq. 6."""
-        y, t = batch["image"], noise.times()
+        """Flow matching: eq. 2, or eq. 6 where there is a sigma."""
+        pairs, t = self.pairs(batch, noise), noise.times(self.settings.times)
+        v = model(flow.phi(pairs.x, pairs.y, t), t, pairs.z, self.training_labels(batch, noise))
+        plain = flow.matching_loss(v, pairs.x, pairs.y)
+        if pairs.sigma is None:
+            return plain, {}
+        weighted = flow.weighted_matching_loss(v, pairs.x, pairs.y, pairs.sigma)
+        return weighted, {"unweighted": plain.detach()}
+
+    def ends(
+        self, x: Tensor, z: Tensor | None, labels: Tensor | None, steps: tuple[int, ...] = (1, 2, 4)
+    ) -> list[Tensor]:
+        """Where the flow carries x in each number of steps."""
+
+        def field(t: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
+            v: Tensor = self.network(state, t, z, labels, r)
+            return v
+
+        return [ode.integrate(field, x, steps=n, solver=self.solver).end for n in steps]
+
+    def coupled(self, x: Tensor, y: Tensor) -> Tensor:
+        """The noise x of a batch in the order that `coupling` asks for, (B, ...)."""
+        return optimal_coupling(x, y) if self.settings.coupling == "optimal-transport" else x
+
+
+class FlowStage(_OnLatents, VelocityStage):
+    """Learn to carry x ~ P_L to y."""
+
+    name: StageName = "flow"
+
+    def pairs(self, batch, noise):
+        """x ~ P_L(z) with z ~ q(z|y)."""
+        y = batch["image"]
         z = self.latents.posterior(batch).at(noise.normal(self.auxiliary.latent_shape, "z"))
         with torch.no_grad():
             prior = self.auxiliary.decode(z)
         x = prior.at(noise.normal(y.shape[1:], "x"))
-        v = model(flow.phi(x, y, t), t, z, self.training_labels(batch, noise))
-        plain = flow.matching_loss(v, x, y)
-        if not self.config.training.flow.importance_weighting:
-            return plain, {}
-        return flow.weighted_matching_loss(v, x, y, prior.std), {"unweighted": plain.detach()}
+        return Pairs(x, y, z, prior.std if self.settings.importance_weighting else None)
 
     def preview(self):
-        """Rows: images, mu at their z, and 1, 2, 4 midpoint steps from P_L at their z."""
+        """Rows: images, mu at their z, and 1, 2, 4 steps from P_L at their z."""
         y = self.preview_images()
         z = self.auxiliary.encode(y).mean
         prior = self.auxiliary.decode(z)
         x = prior.at(self.preview_noise(y.shape[1:], "x")[: len(y)])
-        labels = self.preview_image_labels()
-        ends = [
-            ode.integrate(lambda t, state: self.network(state, t, z, labels), x, steps=n).end
-            for n in (1, 2, 4)
-        ]
-        return [y, prior.mean, *ends]
+        return [y, prior.mean, *self.ends(x, z, self.preview_image_labels())]
 
 
-class SamplerStage(_OnLatents):
+class SamplerStage(_OnLatents, VelocityStage):
     """Learn to carry w ~ N(0, 1) to z."""
 
-    name = "sampler"
+    name: StageName = "sampler"
 
-    def loss(self, model, batch, noise):
-        """Flow matching on standardised z, eq. 2."""
-        shape, t = self.auxiliary.latent_shape, noise.times()
+    def pairs(self, batch, noise):
+        """w and a standardised z ~ q(z|y)."""
+        shape = self.auxiliary.latent_shape
         z = self.auxiliary.standardize(self.latents.posterior(batch).at(noise.normal(shape, "z")))
-        w = noise.normal(shape, "w")
-        v = model(flow.phi(w, z, t), t, None, self.training_labels(batch, noise))
-        return flow.matching_loss(v, w, z), {}
+        return Pairs(self.coupled(noise.normal(shape, "w"), z), z)
 
     def preview(self):
-        """Rows: mu at z from 1, 2, 4 midpoint steps."""
-        w, labels = self.preview_noise(self.auxiliary.latent_shape, "w"), self.preview_labels()
-        ends = [
-            ode.integrate(lambda t, state: self.network(state, t, None, labels), w, steps=n).end
-            for n in (1, 2, 4)
-        ]
+        """Rows: mu at z from 1, 2, 4 steps."""
+        w = self.preview_noise(self.auxiliary.latent_shape, "w")
+        ends = self.ends(w, None, self.preview_labels())
         return [self.auxiliary.decode(self.auxiliary.unstandardize(z)).mean for z in ends]
 
 
-class BaselineStage(Stage):
+class BaselineStage(VelocityStage):
     """Plain flow matching with the flow's network."""
 
-    name = "baseline"
+    name: StageName = "baseline"
 
-    def loss(self, model, batch, noise):
-        """Flow matching from N(0, 1), eq. 2."""
-        y, t = batch["image"], noise.times()
-        x = noise.normal(y.shape[1:], "x")
-        v = model(flow.phi(x, y, t), t, None, self.training_labels(batch, noise))
-        return flow.matching_loss(v, x, y), {}
+    def pairs(self, batch, noise):
+        """x ~ N(0, 1)."""
+        y = batch["image"]
+        return Pairs(self.coupled(noise.normal(y.shape[1:], "x"), y), y)
 
     def preview(self):
-        """Rows: 1, 2, 4, 8 midpoint steps."""
-        x, labels = self.preview_noise(self.config.sample_shape, "x"), self.preview_labels()
-        return [
-            ode.integrate(lambda t, state: self.network(state, t, None, labels), x, steps=n).end
-            for n in (1, 2, 4, 8)
-        ]
-
-
-def build_stage(
-    name: StageName, config: Config, data: TrainingData, device: torch.device, latents: Latents | None
-) -> Stage:
-    """Return the stage `name`; `latents` is what `flow` and `sampler` start from."""
-    if name == "auxiliary":
-        return AuxiliaryStage(config, data, device)
-    if name == "baseline":
-        return BaselineStage(config, data, device)
-    assert latents is not None, "run.train makes them before these stages"
-    return {"flow": FlowStage, "sampler": SamplerStage}[name](config, data, device, latents)
+        """Rows: 1, 2, 4, 8 steps."""
+        x = self.preview_noise(self.config.sample_shape, "x")
+        return self.ends(x, None, self.preview_labels(), (1, 2, 4, 8))
 
 
 @torch.no_grad()

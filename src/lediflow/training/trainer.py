@@ -25,10 +25,11 @@ from lediflow.evaluation.report import image_grid
 from lediflow.files import clear_unfinished, explained, write_text, written_whole
 from lediflow.sources import BatchNoise, derive_seed
 from lediflow.training import checkpoint
-from lediflow.training.config import Config, StageConfig, StageName
+from lediflow.training.config import Config
 from lediflow.training.guard import PATIENCE, ROLLBACKS, Diverged
 from lediflow.training.processes import gradients, local, on_main, whole
 from lediflow.training.progress import Meter, Progress, memory_gb
+from lediflow.training.stage_config import StageConfig, StageName
 from lediflow.training.stages import Stage
 from lediflow.training.state import TrainingState
 
@@ -173,6 +174,7 @@ class _Fit:
     def _gradients(self, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add up the gradients of the parts of this process's batch; return loss and metrics, averaged."""
         device, parts = self.accelerator.device, self.training.accumulate
+        self.stage.step = step
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
         size = len(batch["index"]) // parts
         first = self.accelerator.process_index * len(batch["index"])
@@ -272,12 +274,9 @@ class _Fit:
                 log.write(json.dumps({"step": step, **{k: finite.get(k) for k in record}}) + "\n")
         with explained(self.folder.parent / "logs"):
             self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in finite.items()}, step=step)
-        progress.update(
-            step,
-            loss=reading["loss"],
-            images_per_second=reading["images_per_second"],
-            memory=record["memory_gb"],
-        )
+        loss = "loss -" if reading["loss"] is None else f"loss {reading['loss']:.4f}"
+        speed = f"{reading['images_per_second']:.0f} images/s"
+        progress.update(step, f"{loss}  {speed}  {record['memory_gb']:.1f} GB")
 
     def _tidy(self) -> None:
         """Make the stage's folders and clear them of what killed processes left."""

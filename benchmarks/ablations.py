@@ -1,0 +1,189 @@
+"""What each switch of the recipe is worth: train variants of one run that differ in one setting.
+
+    python benchmarks/ablations.py recipe                          # the flow's switches, on the digits
+    python benchmarks/ablations.py average-velocity
+    python benchmarks/ablations.py recipe --config faces-32 --data faces64-train.parquet \
+        --validation faces64-validation.parquet --only "as it is" "beta 4"
+
+A variant trains the stages that its setting touches and shares the others with the first one. Quality is the
+Frechet distance in the features of a small classifier (lower is better): of images whose z is sampled, and,
+where the flow starts at P_L, of images whose z is encoded from training images, which leaves the sampler out.
+Variants that are there already are only measured again.
+"""
+
+import argparse
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lediflow import UserError, ode
+from lediflow.data.images import to_float
+from lediflow.evaluation.compare import Judge
+from lediflow.evaluation.report import markdown_table
+from lediflow.networks.velocity import IntervalFeatures
+from lediflow.pipelines.base import load_pipeline
+from lediflow.pipelines.guidance import velocity_field
+from lediflow.sources import image_noise
+from lediflow.training.config import load_config
+from lediflow.training.run import train
+
+ALL = ("auxiliary", "flow", "sampler")
+MEAN = ("meanflow", "sampler-meanflow", "baseline-meanflow")
+
+
+def everywhere(setting: str) -> list[str]:
+    """A setting of the three stages that learn an average velocity."""
+    return [f"training.{stage.replace('-', '_')}.{setting}" for stage in MEAN]
+
+
+# name: (settings, stages that they touch)
+GROUPS: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
+    "recipe": {
+        "as it is": ([], (*ALL, "baseline")),
+        "no importance weighting": (["training.flow.importance_weighting=false"], ("flow",)),
+        "beta 0.25": (["training.auxiliary.beta=0.25"], ALL),
+        "beta 4": (["training.auxiliary.beta=4"], ALL),
+        "z through the mapping network": (["flow.latent_conditioning=mapping"], ("flow",)),
+        "sampler on raw z": (["training.auxiliary.standardize_latents=false"], ALL),
+        "logit-normal t, flow": (["training.flow.times=logit-normal"], ("flow",)),
+        "logit-normal t, sampler": (["training.sampler.times=logit-normal"], ("sampler",)),
+        "OT coupling, sampler": (["training.sampler.coupling=optimal-transport"], ("sampler",)),
+        "OT coupling, baseline": (["training.baseline.coupling=optimal-transport"], ("baseline",)),
+        "logit-normal t, baseline": (["training.baseline.times=logit-normal"], ("baseline",)),
+        "classes": (["data.classes=CLASSES"], (*ALL, "baseline")),
+    },
+    "average-velocity": {
+        "as it is": ([], (*ALL, "baseline", *MEAN)),
+        "no clip": (everywhere("clip_correction=false"), MEAN),
+        "no warm-up": (everywhere("correction_warmup=0"), MEAN),
+        "high frequencies": ([], MEAN),
+        "squared error": (everywhere("error_power=0"), MEAN),
+        "none of the four": (
+            [
+                s
+                for x in ("clip_correction=false", "correction_warmup=0", "error_power=0")
+                for s in everywhere(x)
+            ],
+            MEAN,
+        ),
+    },
+}
+HIGH_FREQUENCIES = ("high frequencies", "none of the four")
+
+
+@contextmanager
+def frequencies(highest: float):
+    """Let r - t be embedded with frequencies up to `highest`, as t is."""
+    before = IntervalFeatures.__init__.__defaults__
+    IntervalFeatures.__init__.__defaults__ = (before[0], highest)
+    try:
+        yield
+    finally:
+        IntervalFeatures.__init__.__defaults__ = before
+
+
+def train_variant(name: str, settings: list[str], stages: tuple[str, ...], common: list[str], a) -> Path:
+    """Train the stages in a run folder of their own, beside copies of those they share with the first."""
+    run, first = (a.output / n.replace(" ", "-").replace(",", "") for n in (name, "as it is"))
+    needed = set(ALL) | {"baseline"} | (set(MEAN) if a.group == "average-velocity" else set())
+    for stage in needed - set(stages):
+        if not (run / stage).exists():
+            shutil.copytree(first / stage, run / stage)
+    with frequencies(3.0 if name in HIGH_FREQUENCIES else 0.6):
+        train(load_config(a.config, common + settings), run, stages=stages, device=a.device)
+    return run
+
+
+@torch.no_grad()
+def encoded(
+    pipeline, judge: Judge, steps: int, solver: str, count: int, batch_size: int = 64
+) -> torch.Tensor:
+    """Images whose z is encoded from training images, evenly chosen."""
+    chosen = torch.linspace(0, len(judge.train) - 1, count).long()
+    images = []
+    for part in chosen.split(batch_size):
+        y = to_float(judge.train.images[part]).to(pipeline.device)
+        z = pipeline.auxiliary.encode(y).mean
+        prior = pipeline.auxiliary.decode(z)
+        x = prior.at(image_noise(y.shape[1:], seed=0, indices=part.tolist(), stream="x", device=y.device))
+        labels = judge.train.labels[part].to(y.device) if pipeline.flow.num_classes else None
+        field, _ = velocity_field(pipeline.flow, z, labels)
+        images.append(ode.integrate(field, x, steps=steps, solver=solver).end.clamp(-1, 1).cpu())
+    return torch.cat(images)
+
+
+def measure(run: Path, judge: Judge, group: str) -> list[str]:
+    """One row of the table: a distance per way of sampling."""
+    options = {"batch_size": 64, "output_type": "pt", "dtype": torch.bfloat16}
+    count = 3 * judge.count
+    ours, baseline = (load_pipeline(folder) for folder in (run, run / "baseline"))
+    for pipeline in (ours, baseline):
+        pipeline.set_progress_bar_config(disable=True)
+    if group == "recipe":
+        results = [
+            *(ours(count, steps=n, solver="midpoint", latent_steps=2, **options).images for n in (1, 4)),
+            *(encoded(ours, judge, n, "midpoint", count) for n in (1, 4)),
+            *(baseline(count, steps=n, solver="midpoint", **options).images for n in (2, 8)),
+        ]
+    else:
+        mean_baseline = load_pipeline(run / "baseline-meanflow")
+        mean_baseline.set_progress_bar_config(disable=True)
+        results = [
+            ours(count, **options).images,
+            ours(count, latent_steps=2, latent_solver="midpoint", **options).images,
+            encoded(ours, judge, 1, "mean", count),
+            encoded(ours, judge, 2, "mean", count),
+            *(mean_baseline(count, steps=n, **options).images for n in (1, 2)),
+        ]
+    return [f"{judge.frechet(images):.2f}" for images in results]
+
+
+HEADERS = {
+    "recipe": [
+        "LeDiFlow, 1 step", "4 steps", "z encoded, 1 step", "4 steps", "baseline, 2 steps", "8 steps"
+    ],
+    "average-velocity": [
+        "one evaluation of each", "sampler 2 midpoint steps", "z encoded, 1 evaluation", "2 evaluations",
+        "baseline, 1 evaluation", "2 evaluations",
+    ],
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--config", default="digits", help="preset or YAML file")
+    parser.add_argument("--data", help="images, with classes; default: the config's")
+    parser.add_argument("--validation", help="held-out images; default: the data's own split")
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="for all variants")
+    parser.add_argument("--only", nargs="+", help="names of variants; the first one is always trained")
+    parser.add_argument("--classifier-steps", type=int, default=400)
+    parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--device")
+    a = parser.parse_args()
+    common = [*a.settings, "training.preview_every=100000", "training.tracker=none"]
+    common += [f"data.{k}={v!r}" for k, v in (("train", a.data), ("validation", a.validation)) if v]
+    a.output = a.output / f"{Path(a.config).stem}-{a.group}"
+    try:
+        judge = Judge(load_config(a.config, common), classifier_steps=a.classifier_steps)
+        rows = []
+        for name, (settings, stages) in GROUPS[a.group].items():
+            if a.only and name not in a.only and name != "as it is":
+                continue
+            settled = [s.replace("CLASSES", str(judge.train.num_classes)) for s in settings]
+            run = train_variant(name, settled, stages, common, a)
+            rows.append([name, *measure(run, judge, a.group)])
+            print(rows[-1], file=sys.stderr, flush=True)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(markdown_table(["variant", *HEADERS[a.group]], rows))
+    print(f"\nfloor {judge.floor:.2f}")
+
+
+if __name__ == "__main__":
+    main()
