@@ -84,8 +84,12 @@ def constant(function: Callable[P, R]) -> Callable[P, R]:
 
     @torch.compiler.assume_constant_result
     def boxed(*args: Any, **kwargs: Any) -> tuple[R]:
-        # what is first made in inference mode could not be used in training afterwards
+        # what is first made in inference mode could not be used in training afterwards, nor could a tensor that
+        # a transform of torch.func wrapped outlive it; flex needs such transforms, but not in forward mode
         with torch.inference_mode(False):
+            if _forward_mode:
+                with torch._C._DisableFuncTorch():
+                    return (cached(*args, **kwargs),)
             return (cached(*args, **kwargs),)  # torch.compile fails at a second tensor that is not in a tuple
 
     @wraps(function)
