@@ -12,7 +12,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from lediflow.errors import UserError
-from lediflow.flow import expand_t
 from lediflow.networks.hourglass import (
     FourierFeatures,
     Hourglass,
@@ -26,8 +25,6 @@ from lediflow.networks.hourglass import (
     token_grid,
 )
 from lediflow.networks.model import Network
-
-LEAST_TIME_LEFT = 0.05  # of 1 - t as a divisor, as in arXiv 2511.13720: near the end the target is almost there
 
 
 class VelocityTransformer(Network, ModelMixin, ConfigMixin):
@@ -51,9 +48,6 @@ class VelocityTransformer(Network, ModelMixin, ConfigMixin):
             "mapping" adds a linear map of the flat z to the condition vector.
         num_classes: number of classes; 0 for a network without.
         time_bias: a bias in the embedding of t, which checkpoints of k-diffusion bring (kdiffusion.py).
-        prediction: what the layers put out: "velocity", or "target", the image y where the path leads, from
-            which the velocity is (y - x) / (1 - t) (arXiv 2511.13720). A target needs no noise carried through
-            the layers.
         average_velocity: the network also takes the end r of an interval and predicts the average velocity
             u(x, t, r) over [t, r] (MeanFlow, arXiv 2505.13447). Untrained, u is v.
 
@@ -80,7 +74,6 @@ class VelocityTransformer(Network, ModelMixin, ConfigMixin):
         latent_conditioning: Literal["concat", "mapping"] = "concat",
         num_classes: int = 0,
         time_bias: bool = False,
-        prediction: Literal["velocity", "target"] = "velocity",
         average_velocity: bool = False,
     ):
         super().__init__()
@@ -88,7 +81,7 @@ class VelocityTransformer(Network, ModelMixin, ConfigMixin):
         check_widths(widths, depths, d_head, kernel_size, name)
         grid = token_grid(sample_size, patch_size, len(widths) - 1, name)
         self.patch_size, self.num_classes = patch_size, num_classes
-        self.prediction, self.average_velocity = prediction, average_velocity
+        self.average_velocity = average_velocity
         self.latent_conditioning = latent_conditioning if latent_channels else None
         self.latent_shape = (latent_channels, *pair(latent_size))
 
@@ -159,10 +152,7 @@ class VelocityTransformer(Network, ModelMixin, ConfigMixin):
         tokens = self._tokens(x, z)
         cond = self._condition(t, z, class_labels, r)
         tokens = self.hourglass(self.patch_in(tokens), cond)
-        out = self.patch_out(self.out_norm(tokens)).movedim(-1, 1).to(x.dtype)
-        if self.prediction == "target":
-            return (out - x) / (1 - expand_t(t, x)).clamp_min(LEAST_TIME_LEFT)
-        return out
+        return self.patch_out(self.out_norm(tokens)).movedim(-1, 1).to(x.dtype)
 
     def _check_interval(self, t: Tensor, r: Tensor) -> None:
         if not self.average_velocity:

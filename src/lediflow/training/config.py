@@ -101,9 +101,6 @@ class FlowConfig(LevelsConfig):
     latent_conditioning: Literal["concat", "mapping"] = Field(
         "concat", description="how z enters: beside the patches, or through the mapping network"
     )
-    prediction: Literal["velocity", "target"] = Field(
-        "velocity", description="what the layers put out: v, or the image y that v leads to"
-    )
 
 
 class AverageConfig(Section):
