@@ -84,8 +84,8 @@ def constant(function: Callable[P, R]) -> Callable[P, R]:
 
     @torch.compiler.assume_constant_result
     def boxed(*args: Any, **kwargs: Any) -> tuple[R]:
-        # what is first made in inference mode could not be used in training afterwards, nor could a tensor that
-        # a transform of torch.func wrapped outlive it; flex needs such transforms, but not in forward mode
+        # what is first made in inference mode could not be used in training afterwards, and what a transform
+        # of torch.func wrapped would outlive it; flex needs such transforms, but not in forward mode
         with torch.inference_mode(False):
             if _forward_mode:
                 with torch._C._DisableFuncTorch():
