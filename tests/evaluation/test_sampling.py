@@ -3,7 +3,7 @@
 import pytest
 
 from lediflow.errors import UserError
-from lediflow.evaluation.sampling import in_words, latent_words, settled
+from lediflow.evaluation.sampling import in_words, latent_words
 from lediflow.pipelines.base import load_pipeline
 
 
@@ -34,7 +34,7 @@ def models(tiny_mean_run):
 )
 def test_settled_options_make_what_the_pipeline_makes_by_itself(models, model, asked, expected, nfe):
     pipeline = models[model]
-    options = settled(pipeline, **asked)
+    options = pipeline.settle(**asked)
     assert tuple(options.values()) == expected
     own, ours = pipeline(1, **asked), pipeline(1, **options)
     assert (
@@ -48,16 +48,16 @@ def test_settled_options_make_what_the_pipeline_makes_by_itself(models, model, a
 def test_a_sampler_may_lack_what_the_flow_has(models, tiny_run):
     pipeline = load_pipeline(tiny_run)
     pipeline.register_modules(flow=models["."].flow)
-    assert tuple(settled(pipeline, solver="mean").values()) == ("mean", 1, "midpoint", 4)
+    assert tuple(pipeline.settle(solver="mean").values()) == ("mean", 1, "midpoint", 4)
     assert pipeline(1, solver="mean").nfe == {"sampler": 8, "decoder": 1, "flow": 1}
 
 
 def test_mean_without_average_velocity_is_refused_by_network(models):
     with pytest.raises(UserError, match="--stage meanflow"):
-        settled(models["flow"], solver="mean")
+        models["flow"].settle(solver="mean")
     with pytest.raises(UserError, match="--stage sampler-meanflow"):
-        settled(models["flow"], latent_solver="mean")
-    assert "latent_solver" not in settled(models["baseline"], latent_solver="mean")
+        models["flow"].settle(latent_solver="mean")
+    assert "latent_solver" not in models["baseline"].settle(latent_solver="mean")
 
 
 def test_in_words():

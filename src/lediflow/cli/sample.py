@@ -188,13 +188,12 @@ def _options(
 ) -> dict[str, Any]:
     """Settle solvers and steps; refuse what only a latent sampler has, where there is none."""
     from lediflow.errors import UserError
-    from lediflow.evaluation.sampling import settled
 
     if hasattr(pipeline, "sampler"):
         guidance = {} if latent_guidance is None else {"latent_guidance": latent_guidance}
-        return settled(pipeline, **flow, **latent) | guidance
+        return pipeline.settle(**flow, **latent) | guidance
     for name, value in (latent | {"latent_guidance": latent_guidance}).items():
         if value is not None:
             option = name.replace("_", "-")
             raise UserError(f"{model} is plain flow matching: it has no latent sampler, leave --{option} out")
-    return settled(pipeline, **flow)
+    return pipeline.settle(**flow)

@@ -20,7 +20,6 @@ from torch import Tensor
 from lediflow.codecs import Codec
 from lediflow.evaluation.flops import count_flops, matmul_rate, velocity_flops
 from lediflow.evaluation.latency import compare, measure
-from lediflow.evaluation.sampling import settled
 from lediflow.evaluation.settings import DTYPES
 from lediflow.flow import matching_loss, phi
 from lediflow.networks.attention import choose_backend
@@ -244,7 +243,7 @@ def _sampling(
         latent = {"latent_solver": solver, "latent_steps": latent_steps}
         rows.append(("LeDiFlow", {"solver": solver, "steps": steps, **latent}))
     if models["LeDiFlow"].flow.average_velocity:
-        rows.append(("LeDiFlow", settled(models["LeDiFlow"], solver="mean")))
+        rows.append(("LeDiFlow", models["LeDiFlow"].settle(solver="mean")))
     calls, evaluations = {}, {}
 
     def call(key: str, model: str, options: dict[str, Any]) -> None:

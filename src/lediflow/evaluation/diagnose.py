@@ -13,7 +13,6 @@ from lediflow.evaluation import diagnostics as d
 from lediflow.evaluation.findings import findings, verdict
 from lediflow.evaluation.measure import in_pixels
 from lediflow.evaluation.reference import RealImages
-from lediflow.evaluation.sampling import settled
 from lediflow.pipelines.base import load_pipeline
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
@@ -66,7 +65,7 @@ def diagnose(
         raise UserError(
             f"a diagnosis needs at least {FEWEST} images (num_images) and a batch_size of at least 1"
         )
-    latent = settled(pipeline, latent_solver=latent_solver, latent_steps=latent_steps)
+    latent = pipeline.settle(latent_solver=latent_solver, latent_steps=latent_steps)
     latent = {name: latent[f"latent_{name}"] for name in ("solver", "steps")}
     train, unseen = _images(pipeline, data, validation, num_images)
     others = _baseline(model, where), _teacher(model, where)

@@ -41,7 +41,7 @@ from lediflow.evaluation.pairs import Lpips
 from lediflow.evaluation.ranks import from_first, is_first, join_launch
 from lediflow.evaluation.real_side import RealSide, count_notes, named, open_real_side
 from lediflow.evaluation.reference import default_cache
-from lediflow.evaluation.sampling import in_words, latent_words, settled
+from lediflow.evaluation.sampling import in_words, latent_words
 from lediflow.evaluation.settings import Settings
 from lediflow.files import write_text, written_whole
 from lediflow.pipelines.base import ImagePipeline, load_pipeline
@@ -131,7 +131,7 @@ def _load(path: str, device: torch.device, settings: Settings) -> Model:
     pipeline = load_pipeline(path).to(device)
     pipeline.set_progress_bar_config(disable=True)
     request = Request(
-        **settled(pipeline, steps=1, latent_steps=1), num_images=1, seed=0, batch_size=1, dtype=settings.dtype
+        **pipeline.settle(steps=1, latent_steps=1), num_images=1, seed=0, batch_size=1, dtype=settings.dtype
     )
     channels, height, width = request.images(pipeline, range(1)).images.shape[1:]
     if height != width:
@@ -166,7 +166,7 @@ def _requests(model: Model, settings: Settings) -> list[Request]:
     }
     try:
         return [
-            Request(**settled(model.pipeline, solver=solver, steps=steps, **latent), **common)
+            Request(**model.pipeline.settle(solver=solver, steps=steps, **latent), **common)
             for solver in solvers
             for steps in settings.steps
         ]

@@ -69,6 +69,25 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
         self.register_modules(vae=codec.model)
 
     @abstractmethod
+    def settle(
+        self,
+        *,
+        solver: str | None = None,
+        steps: int | None = None,
+        latent_solver: str | None = None,
+        latent_steps: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the arguments of a request with the solvers and steps that None stands for.
+
+        Returns:
+            "solver" and "steps", and for a model with a latent sampler "latent_solver" and "latent_steps";
+            what is given for a latent sampler that is not there is left out.
+
+        Raises:
+            UserError: unknown solver, steps below 1, or "mean" for a network without average velocity.
+        """
+
+    @abstractmethod
     def _noise(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
         """Draw all that is random in the images `indices` of the request, on the pipeline's device."""
 

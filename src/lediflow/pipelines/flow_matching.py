@@ -63,12 +63,10 @@ class FlowMatchingPipeline(ImagePipeline):
             UserError: unknown solver or class, guidance without classes, steps, num_images or batch_size
                 below 1, or no codec for the latents.
         """
-        solver, steps = settle_solver(self.flow, solver, steps, 8)
         return self._request(
             num_images,
             first_image=first_image,
-            steps=steps,
-            solver=solver,
+            **self.settle(solver=solver, steps=steps),
             seed=seed,
             batch_size=batch_size,
             dtype=dtype,
@@ -76,6 +74,11 @@ class FlowMatchingPipeline(ImagePipeline):
             class_labels=class_labels,
             guidance=guidance,
         )
+
+    def settle(self, *, solver=None, steps=None, latent_solver=None, latent_steps=None):
+        """Solver and steps; there is no latent sampler."""
+        solver, steps = settle_solver(self.flow, solver, steps, 8)
+        return {"solver": solver, "steps": steps}
 
     def _noise(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
         return (self._draw(self.sample_shape, indices, seed, "x"),)

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from lediflow import ode
+from lediflow.errors import UserError
 from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.base import ImagePipeline, PipelineOutput
@@ -89,25 +90,40 @@ class LeDiFlowPipeline(ImagePipeline):
             UserError: unknown solver or class, guidance without classes, steps, num_images or batch_size
                 below 1, or no codec for the latents.
         """
-        if latent_solver is None and not self.sampler.average_velocity:
-            latent_solver = None if solver == "mean" else solver
-        solver, steps = settle_solver(self.flow, solver, steps, 2)
-        latent_solver, latent_steps = settle_solver(self.sampler, latent_solver, latent_steps, 4)
+        settled = self.settle(
+            solver=solver, steps=steps, latent_solver=latent_solver, latent_steps=latent_steps
+        )
         return self._request(
             num_images,
             first_image=first_image,
-            steps=steps,
-            solver=solver,
+            **settled,
             seed=seed,
             batch_size=batch_size,
             dtype=dtype,
             output_type=output_type,
-            latent_steps=latent_steps,
-            latent_solver=latent_solver,
             class_labels=class_labels,
             guidance=guidance,
             latent_guidance=latent_guidance,
         )
+
+    def settle(self, *, solver=None, steps=None, latent_solver=None, latent_steps=None):
+        """Solver and steps of flow and latent sampler; see `__call__` for what None is."""
+        if latent_solver == "mean" and not self.sampler.average_velocity:
+            raise UserError(
+                "latent solver 'mean' needs a latent sampler with an average velocity, and this one has "
+                "none; train it with `lediflow train ... --stage sampler-meanflow`, or use another, such as "
+                "midpoint"
+            )
+        if latent_solver is None and not self.sampler.average_velocity:
+            latent_solver = None if solver == "mean" else solver
+        solver, steps = settle_solver(self.flow, solver, steps, 2)
+        latent_solver, latent_steps = settle_solver(self.sampler, latent_solver, latent_steps, 4)
+        return {
+            "solver": solver,
+            "steps": steps,
+            "latent_solver": latent_solver,
+            "latent_steps": latent_steps,
+        }
 
     def _noise(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
         w = self._draw(self.auxiliary.latent_shape, indices, seed, "w")
