@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +54,16 @@ def weights(run, stage):
     from lediflow.training.run import last_checkpoint
 
     return load_file(last_checkpoint(run, stage) / "ema.safetensors")
+
+
+def randomized(model, scale=0.2):
+    """Give a network weights of which none is zero, for those would hide what is not connected."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(noise.abs() if p.ndim == 1 else scale * noise)
+    return model.eval()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from test_models import SMALL, randomized
+from conftest import randomized
+from test_models import SMALL
 
 from lediflow import flow
 from lediflow.networks.attention import forward_mode, self_attention

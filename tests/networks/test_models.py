@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import randomized
 
 from lediflow import flow, ode
 from lediflow.errors import UserError
@@ -20,19 +21,6 @@ SMALL = {
     "kernel_size": 3,
 }
 AUX = {"widths": (16, 24), "depths": (1, 1), "d_head": 8, "kernel_size": 3, "patch_size": 2, "latent_size": 2}
-
-
-def randomized(model, scale=0.2):
-    """Weights that start at zero would hide what is not connected."""
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(
-                torch.randn(p.shape, generator=g).abs()
-                if p.ndim == 1
-                else scale * torch.randn(p.shape, generator=g)
-            )
-    return model.eval()
 
 
 def test_starts_as_zero_velocity():

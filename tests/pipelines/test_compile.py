@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, randomized
 from typer.testing import CliRunner
 
 from lediflow import FlowMatchingPipeline, LeDiFlowPipeline, UserError, VelocityTransformer
@@ -14,16 +14,6 @@ from lediflow.training.config import load_config
 
 SETTINGS = [*TINY, "flow.widths=[16]", "flow.depths=[1]"]  # compiling takes time for every block
 CLASSES = [*SETTINGS, "data.classes=10"]
-
-
-def randomized(model):
-    """Weights that start at zero would hide half of the network."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(noise.abs() if p.ndim == 1 else 0.2 * noise)
-    return model.eval()
 
 
 def lediflow_pipeline(settings=CLASSES):

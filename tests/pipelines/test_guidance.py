@@ -2,22 +2,12 @@
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, randomized
 
 from lediflow import LeDiFlowPipeline, UserError, VelocityTransformer, load_pipeline
 from lediflow.pipelines.guidance import check_labels, velocity_field
 from lediflow.training.config import load_config
 from lediflow.training.run import train
-
-
-def randomized(model):
-    """Weights that start at zero would hide the class."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(noise.abs() if p.ndim == 1 else 0.2 * noise)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

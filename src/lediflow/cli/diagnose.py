@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lediflow.cli.options import Device
+from lediflow.cli.options import Device, LatentSteps
 
 
 def diagnose(
@@ -25,10 +25,7 @@ def diagnose(
             show_default=False,
         ),
     ] = None,
-    latent_steps: Annotated[
-        int | None,
-        typer.Option(help="Steps of the latent sampler; default 1 with mean, else 4.", show_default=False),
-    ] = None,
+    latent_steps: LatentSteps = None,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
     device: Device = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lediflow.cli.options import Device
+from lediflow.cli.options import Device, LatentSteps
 
 
 def evaluate(
@@ -45,10 +45,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    latent_steps: Annotated[
-        int | None,
-        typer.Option(help="Steps of the latent sampler; default 1 with mean, else 4.", show_default=False),
-    ] = None,
+    latent_steps: LatentSteps = None,
     features: Annotated[
         list[str] | None,
         typer.Option(

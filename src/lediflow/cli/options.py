@@ -16,6 +16,10 @@ Dataset = Annotated[
         help="Folder of images, Parquet, Arrow or tar files, Hub dataset owner/name[:config], or 'digits'.",
     ),
 ]
+LatentSteps = Annotated[
+    int | None,
+    typer.Option(help="Steps of the latent sampler; default 1 with mean, else 4.", show_default=False),
+]
 Split = Annotated[str, typer.Option(help="train, validation, or another name that the files use.")]
 Set = Annotated[
     list[str] | None,
