@@ -82,7 +82,7 @@ def test_any_solver_works_with_an_average_velocity(tiny_mean_run):
 def test_mean_without_average_velocity_says_what_to_train(tiny_run):
     with pytest.raises(UserError, match="--stage meanflow"):
         load_pipeline(tiny_run)(1, solver="mean")
-    with pytest.raises(UserError, match="--stage meanflow"):
+    with pytest.raises(UserError, match="--stage sampler-meanflow"):
         load_pipeline(tiny_run)(1, latent_solver="mean")
 
 
