@@ -115,9 +115,9 @@ def encoded(
     return torch.cat(images)
 
 
-def measure(run: Path, judge: Judge, group: str) -> list[str]:
+def measure(run: Path, judge: Judge, group: str, dtype: torch.dtype | None) -> list[str]:
     """One row of the table: a distance per way of sampling."""
-    options = {"batch_size": 64, "output_type": "pt", "dtype": torch.bfloat16}
+    options = {"batch_size": 64, "output_type": "pt", "dtype": dtype}
     count = 3 * judge.count
     ours, baseline = (load_pipeline(folder) for folder in (run, run / "baseline"))
     for pipeline in (ours, baseline):
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of variants; the first one is always trained")
     parser.add_argument("--classifier-steps", type=int, default=400)
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of sampling")
     parser.add_argument("--device")
     a = parser.parse_args()
     common = [*a.settings, "training.preview_every=100000", "training.tracker=none"]
@@ -177,7 +178,7 @@ def main() -> None:
                 continue
             settled = [s.replace("CLASSES", str(judge.train.num_classes)) for s in settings]
             run = train_variant(name, settled, stages, common, a)
-            rows.append([name, *measure(run, judge, a.group)])
+            rows.append([name, *measure(run, judge, a.group, None if a.dtype == "fp32" else torch.bfloat16)])
             print(rows[-1], file=sys.stderr, flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")
