@@ -13,8 +13,8 @@ import torch
 
 from lediflow.evaluation.latency import compare
 from lediflow.evaluation.report import markdown_table
-from lediflow.evaluation.settings import DTYPES
 from lediflow.networks.attention import BACKENDS, missing_package, self_attention
+from lediflow.precision import DTYPES
 
 DENSE_UP_TO = 64 * 64  # a mask over more tokens takes gigabytes and minutes
 

@@ -23,8 +23,8 @@ from lediflow.data.images import ImageData, to_float
 from lediflow.evaluation.diagnostics import transport
 from lediflow.evaluation.latency import compare
 from lediflow.evaluation.report import markdown_table
-from lediflow.evaluation.settings import DTYPES
 from lediflow.gaussian import DiagonalGaussian, elbo_loss
+from lediflow.precision import DTYPES
 from lediflow.sources import image_noise
 from lediflow.training.config import load_config
 from lediflow.training.run import load_network, train

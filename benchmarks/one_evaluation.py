@@ -21,8 +21,8 @@ from lediflow import UserError
 from lediflow.evaluation.benchmark import baseline_of
 from lediflow.evaluation.latency import compare
 from lediflow.evaluation.report import markdown_table
-from lediflow.evaluation.settings import DTYPES
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
+from lediflow.precision import DTYPES
 from lediflow.sources import image_noise
 from lediflow.training.builders import build_auxiliary, build_flow, build_sampler
 from lediflow.training.config import load_config

@@ -22,8 +22,8 @@ import torch
 from lediflow.evaluation.flops import count_flops, matmul_rate
 from lediflow.evaluation.latency import compare
 from lediflow.evaluation.report import markdown_table
-from lediflow.evaluation.settings import DTYPES
 from lediflow.networks.velocity import VelocityTransformer
+from lediflow.precision import DTYPES
 
 SIZES = {
     "sample_size": 32,

@@ -10,8 +10,6 @@ milliseconds are those of this machine as it is.
 import argparse
 import sys
 
-import torch
-
 from lediflow import UserError
 from lediflow.evaluation.compare import compare_run
 
@@ -26,7 +24,7 @@ def main() -> None:
     parser.add_argument("--latent-steps", type=int, default=2)
     parser.add_argument("--groups", type=int, default=3, help="images in multiples of the held-out count")
     parser.add_argument("--classifier-steps", type=int, default=400)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
@@ -38,7 +36,7 @@ def main() -> None:
             latent_steps=a.latent_steps,
             groups=a.groups,
             classifier_steps=a.classifier_steps,
-            dtype=torch.bfloat16 if a.dtype == "bf16" else None,
+            dtype=a.dtype,
             device=a.device,
             seed=a.seed,
         )

@@ -44,7 +44,7 @@ def test_overrides_are_typed():
         ("training.flow.stepz=3", "did you mean 'training.flow.steps'"),
         ("training.flow.steps=0", "training.flow.steps: .*greater than or equal to 1, got 0"),
         ("training.flow.steps=many", "training.flow.steps: .*valid integer"),
-        ("training.precision=fp12", "training.precision: .*'fp32', 'bf16' or 'fp16'"),
+        ("training.precision=fp12", "training.precision: .*'auto', 'fp32', 'bf16' or 'fp16'"),
         ("data.channels=2", "data.channels"),
         ("training.flow.steps", "write it as key.subkey=value"),
         ("data.train.x=1", "'train' is a value"),

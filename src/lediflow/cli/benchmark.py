@@ -16,7 +16,9 @@ def benchmark(
         str, typer.Argument(metavar="MODEL|PRESET", help="Run folder, saved pipeline, Hub id, or a preset.")
     ],
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 where the device multiplies it, else fp32.")
+    ] = "auto",
     repeats: Annotated[int, typer.Option(help="Timed repetitions; the median counts.")] = 3,
     attention: Annotated[
         str | None, typer.Option(help="Force a backend: dense, tiles, flex or natten.", show_default=False)
@@ -65,24 +67,22 @@ def benchmark(
     from lediflow.errors import UserError, nearest
     from lediflow.evaluation.benchmark import benchmark as run_benchmark
     from lediflow.evaluation.benchmark import pipeline_of
-    from lediflow.evaluation.settings import DTYPES
     from lediflow.networks.attention import VARIABLE, check_backend
+    from lediflow.precision import settle_precision
     from lediflow.training.processes import check_device
 
-    for name, value, known in (
-        ("dtype", dtype, list(DTYPES)),
-        ("compile", compile, ["none", "blocks", "model", "pipeline"]),
-    ):
-        if value not in known:
-            raise UserError(
-                f"unknown {name} {value!r}{nearest(value, known)}; choose from {', '.join(known)}"
-            )
+    known = ("none", "blocks", "model", "pipeline")
+    if compile not in known:
+        raise UserError(
+            f"unknown compile {compile!r}{nearest(compile, known)}; choose from {', '.join(known)}"
+        )
     if min(batch_size, repeats) < 1:
         raise UserError("--batch-size and --repeats must be at least 1")
     if attention is not None:
         check_backend(attention)
         os.environ[VARIABLE] = attention
     where = check_device(device)
+    dtype = settle_precision(dtype, where)
     if not as_json:
         print(f"timing {model} on {where}: {repeats + 1} turns of everything", file=sys.stderr)
     report = {
@@ -91,7 +91,7 @@ def benchmark(
             pipeline_of(model, settings, average_velocity=average_velocity),
             device=where,
             codec=Codec.load(codec) if codec else None,
-            dtype=dtype,
+            dtype=dtype,  # type: ignore[arg-type]  # settled above
             batch_size=batch_size,
             repeats=repeats,
             compile=compile,  # type: ignore[arg-type]  # checked above

@@ -72,7 +72,7 @@ def sample(
         ),
     ] = None,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto (autocast).")] = "fp32",
     compile: Annotated[
         bool,
         typer.Option(
@@ -100,17 +100,16 @@ def sample(
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from lediflow.errors import UserError, nearest
+    from lediflow.errors import UserError
     from lediflow.evaluation.report import image_grid
     from lediflow.evaluation.sampling import in_words, latent_words
-    from lediflow.evaluation.settings import DTYPES
     from lediflow.files import written_whole
     from lediflow.pipelines.base import load_pipeline, to_pil
+    from lediflow.precision import DTYPES, settle_precision
     from lediflow.training.processes import batches_of_process, check_device
 
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; choose from {', '.join(DTYPES)}")
     where = check_device(device)
+    dtype = settle_precision(dtype, where)
     processes = PartialState(cpu=where.type == "cpu")
     pipeline = load_pipeline(model).to(where if processes.num_processes == 1 else processes.device)
     if codec is not None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from lediflow.codecs import Codec
 from lediflow.evaluation.flops import count_flops, matmul_rate, velocity_flops
 from lediflow.evaluation.latency import compare, measure
-from lediflow.evaluation.settings import DTYPES
 from lediflow.flow import matching_loss, phi
 from lediflow.networks.attention import choose_backend
 from lediflow.networks.hourglass import level_kernels, pair
@@ -29,6 +28,7 @@ from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.base import load_pipeline
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
+from lediflow.precision import DTYPES, Precision, settle_precision
 
 # Table 1 of the paper: solver, steps of plain flow matching, steps of LeDiFlow's flow and latent sampler
 TABLE_1 = (("midpoint", 8, 2, 4), ("heun3", 8, 1, 2))
@@ -40,7 +40,7 @@ def benchmark(
     *,
     device: torch.device,
     codec: Codec | None = None,
-    dtype: str = "bf16",
+    dtype: Precision = "auto",
     batch_size: int = 8,
     repeats: int = 3,
     compile: Compile | Literal["pipeline"] = "none",
@@ -53,7 +53,8 @@ def benchmark(
         pipeline: the three networks, trained or not.
         device: where to run.
         codec: timed too, as a network of its own; the rows of sampling leave it out.
-        dtype: "fp32", "bf16" or "fp16": dtype of the weights in sampling, of autocast in training.
+        dtype: of the weights in sampling, of autocast in training; "auto" is bf16 where the device
+            multiplies it, else fp32.
         batch_size: images at a time.
         repeats: timed repetitions, after one that is not timed; the median counts.
         compile: "none", "blocks" or "model", as in the training config, or "pipeline" for what the method
@@ -68,13 +69,14 @@ def benchmark(
         with ms per image split by network), `speedup` by solver, that of "mean" against plain flow matching
         at 8 midpoint steps, `training`.
     """
-    kind = DTYPES[dtype] or torch.float32
+    settled = settle_precision(dtype, device)
+    kind = DTYPES[settled] or torch.float32
     rate = matmul_rate(device, kind)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "dtype": dtype,
+        "dtype": settled,
         "batch_size": batch_size,
         "compile": compile,
         "matmul_gflops": round(rate / 1e9, 1),

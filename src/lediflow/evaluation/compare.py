@@ -22,6 +22,7 @@ from lediflow.evaluation.metrics import frechet_at_count, frechet_floor
 from lediflow.evaluation.report import Point, labelled_grid, markdown_table, quality_plot, verdict
 from lediflow.files import write_text
 from lediflow.pipelines.base import ImagePipeline, load_pipeline
+from lediflow.precision import DTYPES, Precision, settle_precision
 from lediflow.training.config import Config, load_config
 from lediflow.training.processes import check_device
 
@@ -122,7 +123,7 @@ def compare_run(
     latent_steps: int = 2,
     groups: int = 3,
     device: str | None = None,
-    dtype: torch.dtype | None = torch.bfloat16,
+    dtype: Precision = "auto",
     classifier_steps: int = 400,
     seed: int = 0,
 ) -> Comparison:
@@ -135,7 +136,7 @@ def compare_run(
         latent_steps: steps of the latent sampler, where it has no average velocity.
         groups: generated images, in multiples of the number of held-out images.
         device: "cpu", "cuda" or "mps"; None for the best there is.
-        dtype: autocast of all models; None for fp32.
+        dtype: autocast of all models; "auto" is bf16 where the device multiplies it, else fp32.
         classifier_steps: training steps of the classifier, batches of 64.
         seed: of the classifier and of the images.
 
@@ -144,6 +145,7 @@ def compare_run(
     """
     run = Path(run)
     where = check_device(device)
+    settled = settle_precision(dtype, where)
     models = {name: load_pipeline(folder).to(where) for name, folder in _models(run).items()}
     for model in models.values():
         model.set_progress_bar_config(disable=True)
@@ -151,7 +153,7 @@ def compare_run(
 
     def options(model: str, n: int) -> dict[str, Any]:
         pipeline = models[model]
-        chosen = {"steps": n, "dtype": dtype, "output_type": "pt", "seed": seed}
+        chosen = {"steps": n, "dtype": DTYPES[settled], "output_type": "pt", "seed": seed}
         if not pipeline.flow.average_velocity:
             chosen["solver"] = solver
         if hasattr(pipeline, "sampler") and not pipeline.sampler.average_velocity:
@@ -175,7 +177,7 @@ def compare_run(
         "images_per_row": groups * judge.count,
         "group": judge.count,
         "device": str(where),
-        "dtype": str(dtype),
+        "dtype": settled,
         "torch_threads": torch.get_num_threads(),
         "rows": [asdict(row) for row in rows],
     }

@@ -22,10 +22,10 @@ from lediflow.evaluation.metrics import frechet_distance, frechet_replicates
 from lediflow.evaluation.pairs import psnr, ssim
 from lediflow.evaluation.ranks import in_batches
 from lediflow.evaluation.reference import RealFeatures
-from lediflow.evaluation.settings import DTYPES
 from lediflow.pipelines.base import ImagePipeline
 from lediflow.pipelines.guidance import velocity_field
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
+from lediflow.precision import DTYPES
 from lediflow.sources import image_noise
 
 MOST_ON_MANIFOLDS = 10_000

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from lediflow.errors import UserError, nearest
 from lediflow.ode import check_solver
-
-# what models are autocast to
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from lediflow.precision import DTYPES
 
 
 @dataclass(frozen=True)

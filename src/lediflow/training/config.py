@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from lediflow.errors import UserError, nearest
+from lediflow.precision import Precision
 from lediflow.training.stage_config import (
     STAGES,
     AuxiliaryStageConfig,
@@ -123,7 +124,9 @@ class TrainingConfig(Section):
         description="what `lediflow train` trains when no --stage is given",
     )
     seed: int = 0
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="fp16 needs a GPU")
+    precision: Precision = Field(
+        "auto", description="auto: bf16 where the device multiplies it, else fp32; fp16 needs a GPU"
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="many processes: whole copies of the weights (DDP) or shards of them (FSDP2)"
     )

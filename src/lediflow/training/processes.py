@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lediflow.errors import UserError
 from lediflow.networks.hourglass import Block
+from lediflow.precision import settle_precision
 from lediflow.training.config import TrainingConfig
 
 
@@ -56,10 +57,11 @@ def make_accelerator(training: TrainingConfig, device: str | None, **options: An
     Raises:
         UserError: a device that is unknown or not there, or a precision that it does not have.
     """
-    kind = check_device(device).type
-    if training.precision == "fp16" and kind != "cuda":
+    where = check_device(device)
+    kind, precision = where.type, settle_precision(training.precision, where)
+    if precision == "fp16" and kind != "cuda":
         raise UserError(f"training.precision=fp16 needs a CUDA GPU, not {kind}; use bf16 or fp32")
-    if training.precision == "fp16" and training.parallel == "fsdp":
+    if precision == "fp16" and training.parallel == "fsdp":
         raise UserError("training.parallel=fsdp does not scale losses, as fp16 needs; use bf16 or fp32")
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
@@ -72,7 +74,7 @@ def make_accelerator(training: TrainingConfig, device: str | None, **options: An
     # buffers are equal on all processes from the start: nothing changes them between steps
     copies = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(
-        mixed_precision="no" if training.precision == "fp32" else training.precision,
+        mixed_precision="no" if precision == "fp32" else precision,
         cpu=kind == "cpu",
         kwargs_handlers=[copies],
         **options,

@@ -31,6 +31,7 @@ from lediflow.errors import UserError, nearest
 from lediflow.files import explained, write_folder, write_text
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
+from lediflow.precision import settle_precision
 from lediflow.training import checkpoint
 from lediflow.training.builders import BUILDERS
 from lediflow.training.config import Config, differences, load_config
@@ -92,6 +93,8 @@ def train(
     on_main(accelerator, lambda: _claim(run, config, data, chosen, resume))
     if accelerator.is_main_process:
         _say(f"{describe(data, config)}; run folder {run}")
+        if config.training.precision == "auto":
+            _say(f"training.precision=auto: {settle_precision('auto', accelerator.device)}")
         if (count := accelerator.num_processes) > 1:
             _say(f"{count} processes ({config.training.parallel}) on {accelerator.device.type}")
     try:
