@@ -57,10 +57,10 @@ GROUPS: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
     },
     "average-velocity": {
         "as it is": ([], (*ALL, "baseline", *MEAN)),
-        "no clip": (everywhere("clip_correction=false"), MEAN[:2]),
-        "no warm-up": (everywhere("correction_warmup=0"), MEAN[:2]),
-        "high frequencies": ([], MEAN[:2]),
-        "squared error": (everywhere("error_power=0"), MEAN[:2]),
+        "no clip": (everywhere("clip_correction=false"), MEAN),
+        "no warm-up": (everywhere("correction_warmup=0"), MEAN),
+        "high frequencies": ([], MEAN),
+        "squared error": (everywhere("error_power=0"), MEAN),
         "none of the four": (
             [
                 s
