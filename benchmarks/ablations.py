@@ -57,21 +57,12 @@ GROUPS: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
     },
     "average-velocity": {
         "as it is": ([], (*ALL, "baseline", *MEAN)),
-        "no clip": (everywhere("clip_correction=false"), MEAN),
-        "no warm-up": (everywhere("correction_warmup=0"), MEAN),
         "high frequencies": ([], MEAN),
         "squared error": (everywhere("error_power=0"), MEAN),
-        "none of the four": (
-            [
-                s
-                for x in ("clip_correction=false", "correction_warmup=0", "error_power=0")
-                for s in everywhere(x)
-            ],
-            MEAN,
-        ),
+        "high frequencies, squared error": (everywhere("error_power=0"), MEAN),
     },
 }
-HIGH_FREQUENCIES = ("high frequencies", "none of the four")
+HIGH_FREQUENCIES = ("high frequencies", "high frequencies, squared error")
 
 
 @contextmanager

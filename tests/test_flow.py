@@ -131,13 +131,6 @@ def test_steps_of_an_exact_average_velocity_are_exact():
         assert solution.nfe == steps
 
 
-def test_the_correction_is_clipped_to_the_length_of_v():
-    v = torch.tensor([[3.0, 4.0], [3.0, 4.0]])
-    clipped, which = flow.clip_correction(torch.tensor([[30.0, 40.0], [0.3, 0.4]]), v)
-    torch.testing.assert_close(clipped, torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
-    assert which.tolist() == [True, False]
-
-
 def test_the_adaptive_loss_has_the_gradient_of_a_constant_weight():
     errors = torch.tensor([0.5, 2.0], requires_grad=True)
     loss = flow.adaptive_loss(errors, 0.75)

@@ -17,10 +17,10 @@ def blocks(language):
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, tiny_run):
+def desk(tmp_path, monkeypatch, tiny_mean_run):
     """A folder as the reader's: the demo was run, and there are photos."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_run, tmp_path / "runs" / "demo")
+    shutil.copytree(tiny_mean_run, tmp_path / "runs" / "demo")
     (tmp_path / "photos").mkdir()
     for i in range(6):
         Image.new("RGB", (80, 70 + i), (40 * i, 120, 200 - 30 * i)).save(tmp_path / "photos" / f"{i}.jpg")

@@ -86,13 +86,6 @@ def average_velocity_correction(
     return expand_t(r - t, point) * derivative
 
 
-def clip_correction(correction: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Shorten each sample's correction to the rms of its v; return it and which were clipped, (B,)."""
-    size, limit = (u.flatten(1).square().mean(1).sqrt() for u in (correction, v))
-    factor = (limit / size.clamp_min(1e-12)).clamp_max(1)
-    return expand_t(factor, correction) * correction, factor < 1
-
-
 def adaptive_loss(errors: Tensor, power: float, c: float = 1e-3) -> Tensor:
     """MeanFlow's robust loss: mean of q / (q + c)^power with the divisor held constant, a scalar.
 

@@ -66,31 +66,28 @@ class _MeanFlow(_Refined):
         # before the derivative: autocast keeps the weights it casts, and those of no_grad have no gradient
         u = model(point, t, pairs.z, labels, r)
         target = v.clone()
-        metrics: dict[str, Tensor] = {}
+        size = v.new_zeros(())
         if moving:
             parts = (None if part is None else part[moving] for part in (pairs.z, labels))
-            correction, metrics = self._correction(point[moving], v[moving], t[moving], r[moving], *parts)
+            correction = self._correction(point[moving], v[moving], t[moving], r[moving], *parts)
             target[moving] += correction
+            size = correction.square().mean().sqrt() / v[moving].square().mean().sqrt()
         errors = (u.float() - target).square()
         if pairs.sigma is not None:
             errors = errors / pairs.sigma.clamp_min(flow.SIGMA_MIN)
         errors = errors.flatten(1).mean(1)
-        return flow.adaptive_loss(errors, settings.error_power), {"error": errors.detach().mean(), **metrics}
+        return flow.adaptive_loss(errors, settings.error_power), {
+            "error": errors.detach().mean(),
+            "correction": size,
+        }
 
     def _correction(
         self, point: Tensor, v: Tensor, t: Tensor, r: Tensor, z: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> Tensor:
         with forward_mode():
-            correction = flow.average_velocity_correction(
+            return flow.average_velocity_correction(
                 lambda point, t: self.network.forward(point, t, z, labels, r), point, v, t, r
             )
-        rms = correction.square().mean().sqrt() / v.square().mean().sqrt()
-        metrics = {"correction": rms}
-        if self.settings.clip_correction:
-            correction, clipped = flow.clip_correction(correction, v)
-            metrics["clipped"] = clipped.float().mean()
-        warm = min(1.0, self.step / max(1, self.settings.correction_warmup))
-        return warm * correction, metrics
 
 
 class MeanFlowStage(_MeanFlow, FlowStage):

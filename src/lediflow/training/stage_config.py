@@ -106,8 +106,6 @@ class MeanFlowStageConfig(RefiningStageConfig):
     error_power: float = Field(
         0.75, ge=0, le=1, description="0 is the squared error; towards 1 large errors count less"
     )
-    clip_correction: bool = Field(True, description="keep (r - t) du/dt as short as v, in each sample")
-    correction_warmup: Count = Field(150, description="steps over which the correction comes in")
 
 
 class PriorMeanFlowStageConfig(MeanFlowStageConfig):

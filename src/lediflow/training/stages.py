@@ -38,12 +38,10 @@ class Stage(ABC):
         name: of the stage.
         network: what is trained.
         settings: how it is optimised.
-        step: which one the loss is asked for; set by the loop.
     """
 
     name: StageName
     network: Any
-    step = 0
 
     def __init__(self, config: Config, data: TrainingData, device: torch.device):
         self.config, self.data, self.device = config, data, device

@@ -174,7 +174,6 @@ class _Fit:
     def _gradients(self, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add up the gradients of the parts of this process's batch; return loss and metrics, averaged."""
         device, parts = self.accelerator.device, self.training.accumulate
-        self.stage.step = step
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
         size = len(batch["index"]) // parts
         first = self.accelerator.process_index * len(batch["index"])
