@@ -118,6 +118,21 @@ def test_meanflow_learns_v_plus_the_correction(tiny_run, digits):
     torch.testing.assert_close(metrics["correction"], rms)
 
 
+def test_a_compiled_correction_is_the_same(tiny_run, digits):
+    """The derivative in forward mode has a compiled graph of its own, without breaks."""
+    losses = {}
+    for how in ("none", "model"):
+        stage = stage_of(tiny_run, digits, "meanflow", f"training.compile={how}")
+        torch.nn.init.normal_(stage.network.interval_in.weight, generator=torch.manual_seed(0))
+        torch._dynamo.utils.counters.clear()
+        losses[how], metrics = stage.loss(stage.network, batch_of(digits), noise())
+        assert metrics["correction"] > 1e-3
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] == 1
+    assert not counted["graph_break"]
+    torch.testing.assert_close(losses["model"], losses["none"])
+
+
 def test_the_target_has_no_gradient(tiny_run, digits):
     """Only u is learned: the gradient is that of a regression on a constant."""
     stage = stage_of(

@@ -205,7 +205,8 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     scores = q @ k.transpose(-1, -2)
     if mask is not None:
         # in place and additive: no copy here, and nothing to do in the backward
-        scores += torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+        hidden = torch.full(mask.shape, float("-inf"), dtype=q.dtype, device=q.device)
+        scores += hidden.masked_fill_(mask, 0.0)
     return scores.softmax(-1).to(v.dtype) @ v
 
 
