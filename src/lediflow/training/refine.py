@@ -52,7 +52,7 @@ class _MeanFlow(_Refined):
     """Learn the average velocity by its identity, beside the velocity itself.
 
     Attributes:
-        correction: (point, v, t, r, z, labels) -> (r - t) du/dt, compiled where the config compiles the model.
+        correction: (point, v, t, r, z, labels) -> (r - t) du/dt, compiled where the model is.
     """
 
     def __init__(self, *arguments: Any):
