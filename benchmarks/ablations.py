@@ -49,8 +49,8 @@ GROUPS: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
         "z through the mapping network": (["flow.latent_conditioning=mapping"], ("flow",)),
         "sampler on raw z": (["training.auxiliary.standardize_latents=false"], ALL),
         "logit-normal t, flow": (["training.flow.times=logit-normal"], ("flow",)),
-        "logit-normal t, sampler": (["training.sampler.times=logit-normal"], ("sampler",)),
-        "OT coupling, sampler": (["training.sampler.coupling=optimal-transport"], ("sampler",)),
+        "uniform t, sampler": (["training.sampler.times=uniform"], ("sampler",)),
+        "independent coupling, sampler": (["training.sampler.coupling=independent"], ("sampler",)),
         "OT coupling, baseline": (["training.baseline.coupling=optimal-transport"], ("baseline",)),
         "logit-normal t, baseline": (["training.baseline.times=logit-normal"], ("baseline",)),
         "classes": (["data.classes=CLASSES"], (*ALL, "baseline")),
@@ -58,6 +58,10 @@ GROUPS: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
     "average-velocity": {
         "as it is": ([], (*ALL, "baseline", *MEAN)),
         "high frequencies": ([], MEAN),
+        "independent coupling, sampler": (
+            ["training.sampler_meanflow.coupling=independent"],
+            ("sampler-meanflow",),
+        ),
         "squared error": (everywhere("error_power=0"), MEAN),
         "high frequencies, squared error": (everywhere("error_power=0"), MEAN),
     },
