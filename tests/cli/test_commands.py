@@ -74,7 +74,8 @@ def test_presets_list_show_and_json(lediflow):
     assert "faces-32" in lediflow("presets").stdout
     assert "importance_weighting: true" in lediflow("presets", "digits").stdout
     report = json.loads(lediflow("presets", "--json").stdout)
-    assert set(report["digits"]["parameters"]) == {"auxiliary", "flow", "sampler", "baseline"}
+    assert set(report["ffhq-256"]["parameters"]) == {"auxiliary", "flow", "sampler", "baseline"}
+    assert set(report["digits"]["parameters"]) > {"flow", "meanflow", "sampler-meanflow"}
     refused(lediflow("presets", "digit"), "did you mean 'digits'")
 
 

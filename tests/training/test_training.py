@@ -68,8 +68,8 @@ def test_another_seed_gives_other_weights(tiny_run, tmp_path):
     [
         ("flow", "importance_weighting=false"),
         ("flow", "times=logit-normal"),
-        ("sampler", "times=logit-normal"),
-        ("sampler", "coupling=optimal-transport"),
+        ("sampler", "times=uniform"),
+        ("sampler", "coupling=independent"),
         ("baseline", "times=logit-normal"),
         ("baseline", "coupling=optimal-transport"),
     ],
