@@ -20,7 +20,7 @@ def demo(
 ) -> None:
     """Train on handwritten digits (no download, no GPU), then show quality against steps and time.
 
-    Takes four to five minutes on 2 CPU cores, most of them training. Every number comes from the run.
+    Takes about ten minutes on 2 CPU cores, most of them training. Every number comes from the run.
 
     Example:
 
