@@ -91,7 +91,7 @@ def benchmark(
             pipeline_of(model, settings, average_velocity=average_velocity),
             device=where,
             codec=Codec.load(codec) if codec else None,
-            dtype=dtype,  # type: ignore[arg-type]  # settled above
+            dtype=dtype,
             batch_size=batch_size,
             repeats=repeats,
             compile=compile,  # type: ignore[arg-type]  # checked above

@@ -28,7 +28,7 @@ from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.base import load_pipeline
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
-from lediflow.precision import DTYPES, Precision, settle_precision
+from lediflow.precision import DTYPES, settle_precision
 
 # Table 1 of the paper: solver, steps of plain flow matching, steps of LeDiFlow's flow and latent sampler
 TABLE_1 = (("midpoint", 8, 2, 4), ("heun3", 8, 1, 2))
@@ -40,7 +40,7 @@ def benchmark(
     *,
     device: torch.device,
     codec: Codec | None = None,
-    dtype: Precision = "auto",
+    dtype: str = "auto",
     batch_size: int = 8,
     repeats: int = 3,
     compile: Compile | Literal["pipeline"] = "none",
@@ -53,8 +53,8 @@ def benchmark(
         pipeline: the three networks, trained or not.
         device: where to run.
         codec: timed too, as a network of its own; the rows of sampling leave it out.
-        dtype: of the weights in sampling, of autocast in training; "auto" is bf16 where the device
-            multiplies it, else fp32.
+        dtype: "fp32", "bf16" or "fp16", of the weights in sampling, of autocast in training; "auto" is bf16
+            where the device multiplies it, else fp32.
         batch_size: images at a time.
         repeats: timed repetitions, after one that is not timed; the median counts.
         compile: "none", "blocks" or "model", as in the training config, or "pipeline" for what the method
@@ -68,6 +68,9 @@ def benchmark(
         (a record for each row of Table 1, and one of a single step where the flow has an average velocity,
         with ms per image split by network), `speedup` by solver, that of "mean" against plain flow matching
         at 8 midpoint steps, `training`.
+
+    Raises:
+        UserError: an unknown dtype.
     """
     settled = settle_precision(dtype, device)
     kind = DTYPES[settled] or torch.float32
