@@ -2,6 +2,7 @@
 
     python benchmarks/one_evaluation.py
     python benchmarks/one_evaluation.py faces-64 --batch-sizes 64 --eager
+    python benchmarks/one_evaluation.py faces-32 --set auxiliary.decoder_widths=null  # as wide as the encoder
 
 Prints ms per image. Everything of a row takes turns: the noise of w and x, one evaluation of the sampler, the
 decoder and the flow with average velocity, and whole requests of both pipelines, as they are and compiled by
@@ -31,9 +32,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 OURS, FM = "LeDiFlow", "FM, 8 midpoint steps"
 
 
-def pipelines(preset, device, dtype):
+def pipelines(config, device, dtype):
     """LeDiFlow with average velocities and plain flow matching with the same flow network, by name."""
-    config = load_config(preset)
     ours = LeDiFlowPipeline(
         auxiliary=build_auxiliary(config).eval(),
         flow=build_flow(config, average_velocity=True).eval(),
@@ -89,9 +89,9 @@ def requests(found, batch):
 
 
 @torch.no_grad()
-def measure(preset, batches, device, dtype, repeats, compile, clock):
+def measure(preset, settings, batches, device, dtype, repeats, compile, clock):
     """One record for each batch size."""
-    found = pipelines(preset, device, dtype)
+    found = pipelines(load_config(preset, settings), device, dtype)
     if compile:
         found |= {f"{name} compiled": compiled(pipeline) for name, pipeline in found.items()}
     for batch in batches:
@@ -114,6 +114,9 @@ def main() -> None:
     parser.add_argument(
         "presets", nargs="*", default=["digits", "faces-32", "faces-64"], help="or YAML files"
     )
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], help="a.b=value, for all presets"
+    )
     parser.add_argument("--batch-sizes", default="1,64", help="comma-separated")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
@@ -129,7 +132,8 @@ def main() -> None:
     records = []
     try:
         for preset in a.presets:
-            records += measure(preset, batches, device, dtype, a.repeats, not a.eager, CLOCKS[a.clock])
+            clock = CLOCKS[a.clock]
+            records += measure(preset, a.settings, batches, device, dtype, a.repeats, not a.eager, clock)
     except UserError as error:
         sys.exit(f"error: {error}")
     if a.json:

@@ -22,11 +22,13 @@ from lediflow.evaluation.metrics import frechet_at_count, frechet_floor
 from lediflow.evaluation.report import Point, labelled_grid, markdown_table, quality_plot, verdict
 from lediflow.files import write_text
 from lediflow.pipelines.base import ImagePipeline, load_pipeline
-from lediflow.precision import DTYPES, Precision, settle_precision
+from lediflow.precision import DTYPES, settle_precision
 from lediflow.training.config import Config, load_config
 from lediflow.training.processes import check_device
 
 OURS, BASELINE, REFINED = "LeDiFlow", "flow matching", "one evaluation"  # what tables call the models
+SOLVER = "midpoint"  # for models without an average velocity
+SEED = 0  # of the classifier, of the images and of the subsets that a distance is the mean over
 GRID_IMAGES = 12
 TIMED_IMAGES = 64
 
@@ -77,7 +79,6 @@ class Judge:
     Args:
         config: of a run; its `data` has classes and held-out images.
         classifier_steps: training steps of the classifier, batches of 64.
-        seed: of the classifier and of the subsets that a distance is the mean over.
 
     Attributes:
         train: the training images.
@@ -88,14 +89,13 @@ class Judge:
         UserError: the data has no classes or no held-out images.
     """
 
-    def __init__(self, config: Config, *, classifier_steps: int = 400, seed: int = 0):
-        self.seed = seed
+    def __init__(self, config: Config, *, classifier_steps: int = 400):
         self.train, self.held_out = _images(config, "train"), _images(config, "validation")
         self.classifier = train_classifier(
             self.train.images,
             self.train.labels,
             num_classes=self.train.num_classes,
-            seed=seed,
+            seed=SEED,
             steps=classifier_steps,
             flip=config.data.flip,
         )
@@ -103,12 +103,12 @@ class Judge:
             extract_features(self.classifier, data.images) for data in (self.train, self.held_out)
         )
         self.count = len(self.held_out)
-        self.floor = frechet_floor(self.reference, real, seed=seed)
+        self.floor = frechet_floor(self.reference, real, seed=SEED)
 
     def frechet(self, images: Tensor) -> float:
         """Return the Frechet distance of images (N, C, H, W) in [-1, 1], at the held-out images' count."""
         features = extract_features(self.classifier, images.cpu())
-        return frechet_at_count(features, self.reference, count=self.count, seed=self.seed)
+        return frechet_at_count(features, self.reference, count=self.count, seed=SEED)
 
     def accuracy(self) -> float:
         """Return the share of held-out images that the classifier names rightly."""
@@ -116,48 +116,35 @@ class Judge:
 
 
 def compare_run(
-    run: str | Path,
-    *,
-    steps: Sequence[int] = (1, 2, 4, 8),
-    solver: str = "midpoint",
-    latent_steps: int = 2,
-    groups: int = 3,
-    device: str | None = None,
-    dtype: Precision = "auto",
-    classifier_steps: int = 400,
-    seed: int = 0,
+    run: str | Path, *, steps: Sequence[int] = (1, 2, 4, 8), groups: int = 3, device: str | None = None
 ) -> Comparison:
     """Measure the models of a run and write table.md, quality.png, grid.png and results.json into it.
 
     Args:
         run: folder with the stages auxiliary, flow, sampler and baseline trained; refined ones have rows too.
-        steps: flow steps to measure; models with an average velocity take as many steps of "mean".
-        solver: of the flow and the latent sampler, for models without average velocity.
-        latent_steps: steps of the latent sampler, where it has no average velocity.
+        steps: flow steps to measure, of "midpoint", or of "mean" where the model has an average velocity; a
+            latent sampler takes two midpoint steps or one of "mean".
         groups: generated images, in multiples of the number of held-out images.
         device: "cpu", "cuda" or "mps"; None for the best there is.
-        dtype: autocast of all models; "auto" is bf16 where the device multiplies it, else fp32.
-        classifier_steps: training steps of the classifier, batches of 64.
-        seed: of the classifier and of the images.
 
     Raises:
         UserError: a stage is missing, or the data has no classes or no held-out images.
     """
     run = Path(run)
     where = check_device(device)
-    settled = settle_precision(dtype, where)
+    settled = settle_precision("auto", where)
     models = {name: load_pipeline(folder).to(where) for name, folder in _models(run).items()}
     for model in models.values():
         model.set_progress_bar_config(disable=True)
-    judge = Judge(load_config(run / "config.yaml"), classifier_steps=classifier_steps, seed=seed)
+    judge = Judge(load_config(run / "config.yaml"))
 
     def options(model: str, n: int) -> dict[str, Any]:
         pipeline = models[model]
-        chosen = {"steps": n, "dtype": DTYPES[settled], "output_type": "pt", "seed": seed}
+        chosen = {"steps": n, "dtype": DTYPES[settled], "output_type": "pt", "seed": SEED}
         if not pipeline.flow.average_velocity:
-            chosen["solver"] = solver
+            chosen["solver"] = SOLVER
         if hasattr(pipeline, "sampler") and not pipeline.sampler.average_velocity:
-            chosen |= {"latent_steps": latent_steps, "latent_solver": solver}
+            chosen |= {"latent_steps": 2, "latent_solver": SOLVER}
         return chosen
 
     wanted = [(model, n) for model in models for n in steps]
