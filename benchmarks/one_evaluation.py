@@ -1,4 +1,4 @@
-"""What one image costs, by part: one evaluation of each network, and plain flow matching at 8 midpoint steps.
+"""What one image costs, by part: one evaluation of each network, and plain flow matching in midpoint steps.
 
     python benchmarks/one_evaluation.py
     python benchmarks/one_evaluation.py faces-64 --batch-sizes 64 --eager
@@ -29,7 +29,7 @@ from lediflow.training.builders import build_auxiliary, build_flow, build_sample
 from lediflow.training.config import load_config
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-OURS, FM = "LeDiFlow", "FM, 8 midpoint steps"
+OURS, FM = "LeDiFlow", "FM"
 
 
 def pipelines(config, device, dtype):
@@ -77,9 +77,9 @@ def parts(ours, batch):
     }
 
 
-def requests(found, batch):
+def requests(found, batch, fm_steps):
     """A whole request of each pipeline, by name."""
-    ways = {OURS: {}, FM: {"solver": "midpoint", "steps": 8}}
+    ways = {OURS: {}, FM: {"solver": "midpoint", "steps": fm_steps}}
 
     def call(pipeline, options):
         kind = "latent" if pipeline.config.latent_space else "pt"
@@ -89,15 +89,15 @@ def requests(found, batch):
 
 
 @torch.no_grad()
-def measure(preset, settings, batches, device, dtype, repeats, compile, clock):
+def measure(preset, settings, batches, device, dtype, repeats, compile, clock, fm_steps):
     """One record for each batch size."""
     found = pipelines(load_config(preset, settings), device, dtype)
     if compile:
         found |= {f"{name} compiled": compiled(pipeline) for name, pipeline in found.items()}
     for batch in batches:
-        calls = parts(found[OURS], batch) | requests(found, batch)
+        calls = parts(found[OURS], batch) | requests(found, batch, fm_steps)
         times = compare(calls, images=batch, repeats=repeats, warmup=2, device=device, clock=clock)
-        record = {"preset": preset, "batch": batch}
+        record = {"preset": preset, "batch": batch, "FM steps": fm_steps}
         record |= {name: round(time.ms_per_image, 3) for name, time in times.items()}
         for way in ("", " compiled") if compile else ("",):
             gain = times[FM + way].ms_per_image / times[OURS + way].ms_per_image
@@ -118,6 +118,7 @@ def main() -> None:
         "--set", dest="settings", action="append", default=[], help="a.b=value, for all presets"
     )
     parser.add_argument("--batch-sizes", default="1,64", help="comma-separated")
+    parser.add_argument("--fm-steps", type=int, default=8, help="midpoint steps of plain flow matching")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--eager", action="store_true", help="leave the compiled ones out")
@@ -133,7 +134,9 @@ def main() -> None:
     try:
         for preset in a.presets:
             clock = CLOCKS[a.clock]
-            records += measure(preset, a.settings, batches, device, dtype, a.repeats, not a.eager, clock)
+            records += measure(
+                preset, a.settings, batches, device, dtype, a.repeats, not a.eager, clock, a.fm_steps
+            )
     except UserError as error:
         sys.exit(f"error: {error}")
     if a.json:
