@@ -19,14 +19,17 @@ from pathlib import Path
 
 import torch
 
-from lediflow import UserError, ode
-from lediflow.data.images import to_float
-from lediflow.evaluation.compare import Judge
-from lediflow.evaluation.report import markdown_table
+from lediflow import UserError
+from lediflow.conditions import Conditions
+from lediflow.devices import check_device
+from lediflow.evaluation.real import default_cache, open_real_side
+from lediflow.evaluation.request import Settings
+from lediflow.evaluation.tables import markdown_table
+from lediflow.metrics.features import CLASSIFIER
+from lediflow.metrics.frechet import frechet_distance
 from lediflow.networks.velocity import IntervalFeatures
-from lediflow.pipelines.base import load_pipeline
-from lediflow.pipelines.guidance import velocity_field
-from lediflow.sources import image_noise
+from lediflow.pictures import to_float
+from lediflow.pipelines.load import load_pipeline
 from lediflow.training.config import load_config
 from lediflow.training.run import train
 
@@ -46,8 +49,8 @@ GROUPS: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
         "no importance weighting": (["training.flow.importance_weighting=false"], ("flow",)),
         "beta 0.25": (["training.auxiliary.beta=0.25"], ALL),
         "beta 4": (["training.auxiliary.beta=4"], ALL),
-        "z through the mapping network": (["flow.latent_conditioning=mapping"], ("flow",)),
-        "sampler on raw z": (["training.auxiliary.standardize_latents=false"], ALL),
+        "z through the mapping network": (["flow.z_conditioning=mapping"], ("flow",)),
+        "sampler on raw z": (["training.auxiliary.standardize_z=false"], ALL),
         "logit-normal t, flow": (["training.flow.times=logit-normal"], ("flow",)),
         "uniform t, sampler": (["training.sampler.times=uniform"], ("sampler",)),
         "independent coupling, sampler": (["training.sampler.coupling=independent"], ("sampler",)),
@@ -92,21 +95,51 @@ def train_variant(name: str, settings: list[str], stages: tuple[str, ...], commo
     return run
 
 
+class Judge:
+    """The quality of images beside those of one dataset, in the features of a classifier trained on it.
+
+    A distance is the mean of those of as many images as there are held-out ones, so that the floor compares.
+    """
+
+    def __init__(self, config, *, classifier_steps, device):
+        data = config.data
+        settings = Settings(
+            data=data.train,
+            validation=data.validation,
+            features=(CLASSIFIER,),
+            reference_images=10**9,
+            num_images=10**9,
+            bootstrap=0,
+            classifier_steps=classifier_steps,
+        )
+        shape = (data.channels, data.image_size, data.image_size)
+        side = open_real_side(shape, settings, default_cache(), check_device(device))
+        if side.held_out is None:
+            raise UserError("the ablations need held-out images: give --validation")
+        self.train, self.count = side.reference, len(side.held_out)
+        self.floor = side.floor[f"{CLASSIFIER}/frechet"]["value"]
+        self._network, self._moments = side.networks[0], side.features[CLASSIFIER].moments
+
+    def frechet(self, images: torch.Tensor) -> float:
+        """Frechet distance of images (N, C, H, W) in [-1, 1], N a multiple of `count`."""
+        features = torch.cat([self._network(batch) for batch in images.split(512)])
+        groups = features.split(self.count)
+        return sum(frechet_distance(group, self._moments) for group in groups) / len(groups)
+
+
 @torch.no_grad()
 def encoded(
     pipeline, judge: Judge, steps: int, solver: str, count: int, batch_size: int = 64
 ) -> torch.Tensor:
     """Images whose z is encoded from training images, evenly chosen."""
     chosen = torch.linspace(0, len(judge.train) - 1, count).long()
-    images = []
+    all_labels, images = judge.train.labels(), []
     for part in chosen.split(batch_size):
-        y = to_float(judge.train.images[part]).to(pipeline.device)
-        z = pipeline.auxiliary.encode(y).mean
-        prior = pipeline.auxiliary.decode(z)
-        x = prior.at(image_noise(y.shape[1:], seed=0, indices=part.tolist(), stream="x", device=y.device))
-        labels = judge.train.labels[part].to(y.device) if pipeline.flow.num_classes else None
-        field, _ = velocity_field(pipeline.flow, z, labels)
-        images.append(ode.integrate(field, x, steps=steps, solver=solver).end.clamp(-1, 1).cpu())
+        y = to_float(judge.train.pixels(part)).to(pipeline.device)
+        z = pipeline.encode(y).mean
+        x = pipeline.prior(z).at(pipeline.noise(y.shape[1:], part.tolist(), 0, "x"))
+        labels = Conditions(label=all_labels[part].to(y.device) if pipeline.flow.classes() else None)
+        images.append(pipeline.carry(x, z, labels, steps=steps, solver=solver).end.clamp(-1, 1).cpu())
     return torch.cat(images)
 
 
@@ -166,7 +199,8 @@ def main() -> None:
     common += [f"data.{k}={v!r}" for k, v in (("train", a.data), ("validation", a.validation)) if v]
     a.output = a.output / f"{Path(a.config).stem}-{a.group}"
     try:
-        judge = Judge(load_config(a.config, common), classifier_steps=a.classifier_steps)
+        config = load_config(a.config, common)
+        judge = Judge(config, classifier_steps=a.classifier_steps, device=a.device)
         rows = []
         for name, (settings, stages) in GROUPS[a.group].items():
             if a.only and name not in a.only and name != "as it is":

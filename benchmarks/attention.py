@@ -11,10 +11,10 @@ import json
 
 import torch
 
+from lediflow.devices import DTYPES
 from lediflow.evaluation.latency import compare
-from lediflow.evaluation.report import markdown_table
+from lediflow.evaluation.tables import markdown_table
 from lediflow.networks.attention import BACKENDS, missing_package, self_attention
-from lediflow.precision import DTYPES
 
 DENSE_UP_TO = 64 * 64  # a mask over more tokens takes gigabytes and minutes
 

@@ -24,9 +24,9 @@ import torch
 from lediflow import UserError, load_config, train
 from lediflow.codecs import Codec
 from lediflow.data.batches import batches
+from lediflow.data.codec_latents import CodecLatents
 from lediflow.data.encode import encode
 from lediflow.data.images import ImageData
-from lediflow.data.latents import LatentData
 from lediflow.training import trainer
 
 
@@ -69,7 +69,7 @@ def measure(a, folder: Path) -> list[dict]:
         data = ImageData(a.data, image_size=size, channels=config.data.channels, crop="random", flip=True)
         add("images decoded", a.data, workers, per_second(data, workers, 20), "images/s")
     for source, cache_gb in (("memory", 1e3), ("disk", 0.0)):
-        data = LatentData(latents, flip=True, cache_gb=cache_gb)
+        data = CodecLatents(latents, flip=True, cache_gb=cache_gb)
         add("latents read", source, 0, per_second(data, 0, 100), "latents/s")
     in_latents = latent_settings(latents)
     cases = [
@@ -107,12 +107,12 @@ def make_latents(dataset: str, size: int, folder: Path) -> str:
 
 
 def latent_settings(folder: str) -> list[str]:
-    space = LatentData(folder).space
+    space = CodecLatents(folder).space
     return [
         f"data.train={folder!r}",
         f"codec={{model: {space.codec}, factor: {space.factor}, channels: {space.channels}}}",
         "auxiliary.patch_size=1",
-        "auxiliary.latent_size=4",
+        "auxiliary.z_size=4",
         "flow.patch_size=1",
     ]
 

@@ -19,15 +19,17 @@ from pathlib import Path
 import torch
 
 from lediflow import UserError
-from lediflow.data.images import ImageData, to_float
-from lediflow.evaluation.diagnostics import transport
+from lediflow.data.images import ImageData
+from lediflow.devices import DTYPES
+from lediflow.diagnosis.measurements import transport
 from lediflow.evaluation.latency import compare
-from lediflow.evaluation.report import markdown_table
+from lediflow.evaluation.tables import markdown_table
 from lediflow.gaussian import DiagonalGaussian, elbo_loss
-from lediflow.precision import DTYPES
+from lediflow.pictures import to_float
 from lediflow.sources import image_noise
 from lediflow.training.config import load_config
-from lediflow.training.run import load_network, train
+from lediflow.training.run import train
+from lediflow.training.run_pipelines import load_network
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 HEADERS = [
@@ -51,7 +53,7 @@ def held_out_quality(model, images: torch.Tensor) -> list[str]:
     posterior = DiagonalGaussian(
         *(torch.cat([getattr(p, k) for p in posteriors]) for k in ("mean", "log_var"))
     )
-    noise = image_noise(model.latent_shape, seed=0, indices=range(len(images)), stream="z")
+    noise = image_noise(model.z_shape, seed=0, indices=range(len(images)), stream="z")
     priors = [model.decode(z) for z in posterior.at(noise).split(64)]
     prior = DiagonalGaussian(*(torch.cat([getattr(p, k) for p in priors]) for k in ("mean", "log_var")))
     return [
@@ -66,7 +68,7 @@ def timings(models, batch: int, repeats: int, dtype, clock) -> list[str]:
     """Milliseconds of each decoder for one image of a batch."""
     calls = {}
     for i, model in enumerate(models):
-        z = torch.randn(batch, *model.latent_shape, dtype=dtype)
+        z = torch.randn(batch, *model.z_shape, dtype=dtype)
         calls[str(i)] = lambda model=model.to(dtype), z=z: torch.no_grad()(model.decode)(z)
     times = compare(calls, images=batch, repeats=repeats, warmup=2, clock=clock)
     return [f"{time.ms_per_image:.3f}" for time in times.values()]

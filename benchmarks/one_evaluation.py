@@ -17,13 +17,14 @@ import sys
 import time
 
 import torch
+from table1 import baseline_of
 
 from lediflow import UserError
-from lediflow.evaluation.benchmark import baseline_of
+from lediflow.conditions import Conditions
+from lediflow.devices import DTYPES
 from lediflow.evaluation.latency import compare
-from lediflow.evaluation.report import markdown_table
+from lediflow.evaluation.tables import markdown_table
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
-from lediflow.precision import DTYPES
 from lediflow.sources import image_noise
 from lediflow.training.builders import build_auxiliary, build_flow, build_sampler
 from lediflow.training.config import load_config
@@ -57,7 +58,7 @@ def compiled(pipeline):
 def parts(ours, batch):
     """What happens once for a batch of images, by name."""
     device = ours.device
-    shapes = {"w": ours.auxiliary.latent_shape, "x": ours.sample_shape}
+    shapes = {"w": ours.auxiliary.z_shape, "x": ours.sample_shape}
 
     def noise():
         return [
@@ -67,13 +68,13 @@ def parts(ours, batch):
 
     z, x = noise()
     t, r = torch.zeros((), device=device), torch.ones((), device=device)
-    classes = ours.flow.num_classes
-    labels = torch.zeros(batch, dtype=torch.long, device=device) if classes else None
+    label = torch.zeros(batch, dtype=torch.long, device=device) if ours.flow.classes() else None
+    labels = Conditions(label=label)
     return {
         "noise": noise,
-        "sampler": lambda: ours.sampler(z, t, None, labels, r),
+        "sampler": lambda: ours.sampler(z, t, labels, r),
         "decoder": lambda: ours.auxiliary.decode(z),
-        "flow": lambda: ours.flow(x, t, z, labels, r),
+        "flow": lambda: ours.flow(x, t, labels.also(z=z), r),
     }
 
 
@@ -82,7 +83,7 @@ def requests(found, batch, fm_steps):
     ways = {OURS: {}, FM: {"solver": "midpoint", "steps": fm_steps}}
 
     def call(pipeline, options):
-        kind = "latent" if pipeline.config.latent_space else "pt"
+        kind = "latent" if pipeline.config.codec_space else "pt"
         return lambda: pipeline(batch, batch_size=batch, output_type=kind, **options)
 
     return {name: call(pipeline, ways[name.split(" compiled")[0]]) for name, pipeline in found.items()}

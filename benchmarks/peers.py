@@ -18,12 +18,12 @@ import types
 from pathlib import Path
 
 import torch
+from flops import count_flops, matmul_rate
 
-from lediflow.evaluation.flops import count_flops, matmul_rate
+from lediflow.devices import DTYPES
 from lediflow.evaluation.latency import compare
-from lediflow.evaluation.report import markdown_table
+from lediflow.evaluation.tables import markdown_table
 from lediflow.networks.velocity import VelocityTransformer
-from lediflow.precision import DTYPES
 
 SIZES = {
     "sample_size": 32,

@@ -77,6 +77,22 @@ def test_elbo_unit_does_not_change_with_size():
     assert elbo_loss(prior, y, posterior, beta=0.5).item() == pytest.approx(nll + kl / 2)
 
 
+def test_at_power_1_all_errors_of_the_mean_weigh_the_same():
+    """d/dmu of sigma^2 nll / mean(sigma^2) is (mu - y) / mean(sigma^2); at 0 it is (mu - y) / sigma^2."""
+    log_var = torch.tensor([[-6.0, 0.0, 1.0, 2.0]])
+    posterior = DiagonalGaussian(torch.zeros(1, 2), torch.zeros(1, 2))
+    for power in (0.0, 0.5, 1.0):
+        mean = torch.full((1, 4), 0.5, requires_grad=True)
+        prior = DiagonalGaussian(mean, log_var.clone().requires_grad_())
+        loss = elbo_loss(prior, torch.zeros(1, 4), posterior, variance_power=power)
+        loss.backward()
+        weight = (power * log_var).exp() / (power * log_var).exp().mean()
+        torch.testing.assert_close(mean.grad, 0.5 * weight * (-log_var).exp() / 4)
+        # sigma is learned as before: no gradient through the weight
+        d_log_var = 0.5 * (1 - 0.25 * (-log_var).exp()) * weight / 4
+        torch.testing.assert_close(prior.log_var.grad, d_log_var)
+
+
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="differ"):
         DiagonalGaussian(torch.zeros(3), torch.zeros(4))

@@ -110,3 +110,51 @@ def test_bad_input(options, message, x):
 def test_mean_does_not_go_back():
     with pytest.raises(UserError, match="only goes from the source"):
         ode.integrate(lambda t, x, r: x, torch.ones(1), solver="mean", reverse=True)
+
+
+def test_an_adaptive_solver_makes_an_image_the_same_in_any_company():
+    """Each image has steps of its own; the evaluations are the mean over the images."""
+    from lediflow.conditions import Conditions
+    from lediflow.fields import conditional
+
+    def network(x, t, conditions, r):
+        return conditions["z"] * torch.sin(3 * x)
+
+    x, z = torch.linspace(-1, 1, 6).view(6, 1, 1, 1), torch.tensor([0.1, 1, 3, 5, 8, 12.0]).view(6, 1, 1, 1)
+    whole = ode.integrate(conditional(network, Conditions(z=z)), x, solver="dopri5", steps=2, trajectory=True)
+    alone = [
+        ode.integrate(
+            conditional(network, Conditions(z=z[i : i + 1])), x[i : i + 1], solver="dopri5", steps=2
+        )
+        for i in range(6)
+    ]
+    assert torch.equal(whole.end, torch.cat([one.end for one in alone]))
+    assert len({one.nfe for one in alone}) > 1, "some need more steps than others"
+    assert whole.nfe == sum(one.nfe for one in alone) / 6
+    assert whole.trajectory.shape == (3, 6, 1, 1, 1)
+    assert torch.equal(whole.trajectory[-1], whole.end)
+
+
+def test_times_are_as_fine_as_the_device_has_them():
+    from lediflow.devices import finest_float
+
+    assert finest_float(torch.device("cpu")) == torch.float64
+    assert finest_float(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5", "mean"])
+def test_an_interval_may_begin_later(solver):
+    """dx/dt = x: from t = b to 1 by e^(1-b); its average velocity is known exactly."""
+    times = []
+
+    def field(t, state, r=None):
+        times.append(float(t))
+        return state if r is None else state * (torch.exp(r - t) - 1) / (r - t)
+
+    start = torch.tensor([[1.0], [2.0]])
+    solution = ode.integrate(field, start, steps=4, solver=solver, begin=0.6)
+    torch.testing.assert_close(solution.end, start * torch.tensor(0.4).exp(), rtol=1e-5, atol=0)
+    assert min(times) >= 0.6 and solution.times[0] == 0.6 and len(solution.times) == 5
+    if solver != "mean":
+        back = ode.integrate(field, solution.end, steps=4, solver=solver, begin=0.6, reverse=True)
+        torch.testing.assert_close(back.end, start, rtol=1e-5, atol=0)

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from lediflow.networks.auxiliary import AuxiliaryModel
     from lediflow.networks.velocity import VelocityTransformer
     from lediflow.ode import integrate
-    from lediflow.pipelines.base import load_pipeline
+    from lediflow.pipelines.boost import boost
     from lediflow.pipelines.flow_matching import FlowMatchingPipeline
     from lediflow.pipelines.lediflow import LeDiFlowPipeline
+    from lediflow.pipelines.load import load_pipeline
+    from lediflow.pipelines.upsample import FlowUpsamplePipeline
     from lediflow.training.config import load_config
     from lediflow.training.run import train
 
@@ -23,9 +25,11 @@ __all__ = [
     "AuxiliaryModel",
     "DiagonalGaussian",
     "FlowMatchingPipeline",
+    "FlowUpsamplePipeline",
     "LeDiFlowPipeline",
     "UserError",
     "VelocityTransformer",
+    "boost",
     "integrate",
     "load_config",
     "load_pipeline",
@@ -36,12 +40,14 @@ _HOMES = {
     "AuxiliaryModel": "networks.auxiliary",
     "DiagonalGaussian": "gaussian",
     "FlowMatchingPipeline": "pipelines.flow_matching",
+    "FlowUpsamplePipeline": "pipelines.upsample",
     "LeDiFlowPipeline": "pipelines.lediflow",
     "UserError": "errors",
     "VelocityTransformer": "networks.velocity",
+    "boost": "pipelines.boost",
     "integrate": "ode",
     "load_config": "training.config",
-    "load_pipeline": "pipelines.base",
+    "load_pipeline": "pipelines.load",
     "train": "training.run",
 }
 

@@ -60,7 +60,13 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + self.log_var.exp() - 1 - self.log_var)
 
 
-def elbo_loss(prior: DiagonalGaussian, y: Tensor, posterior: DiagonalGaussian, beta: float = 1.0) -> Tensor:
+def elbo_loss(
+    prior: DiagonalGaussian,
+    y: Tensor,
+    posterior: DiagonalGaussian,
+    beta: float = 1.0,
+    variance_power: float = 0.0,
+) -> Tensor:
     """Loss of the auxiliary model, eq. 5, in nats per image element.
 
     L = mean(VGL) + beta * (sum of KL over z) / (number of image elements). In these units beta = 1 is the
@@ -72,9 +78,16 @@ def elbo_loss(prior: DiagonalGaussian, y: Tensor, posterior: DiagonalGaussian, b
         y: images or latents, shape (B, C, H, W).
         posterior: q(z|y), shape (B, ...).
         beta: weight of the KL term; lower reconstructs better, higher gives a more regular latent space.
+        variance_power: p in the weight sigma^(2 p) of each element's VGL, held constant, of mean 1 (beta-NLL,
+            arXiv 2203.09168). At 0, eq. 5, elements that are sure (the white ground of a drawing) outweigh
+            the others by 1 / sigma^2; at 1 all errors of mu weigh the same.
 
     Returns:
         A scalar.
     """
     kl_per_image = posterior.kl().flatten(1).sum(1).mean()
-    return prior.nll(y).mean() + beta * kl_per_image / y[0].numel()
+    vgl = prior.nll(y)
+    if variance_power:
+        weight = (variance_power * prior.log_var.detach()).exp()
+        vgl = vgl * (weight / weight.mean())
+    return vgl.mean() + beta * kl_per_image / y[0].numel()

@@ -10,10 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lediflow.choices import SOLVERS
+from lediflow.devices import finest_float
 from lediflow.errors import UserError, nearest
 
 # evaluations of the field per step; dopri5 chooses its own steps
@@ -26,7 +29,6 @@ EVALUATIONS_PER_STEP: dict[str, int | None] = {
     "dopri5": None,
     "mean": 1,
 }
-SOLVERS = tuple(EVALUATIONS_PER_STEP)
 
 # field(t, state), and field(t, state, r) for the average velocity over [t, r]
 Field = Callable[..., Tensor]
@@ -38,13 +40,13 @@ class Solution:
 
     Attributes:
         end: the state at the end of the interval, shape of the start.
-        nfe: how often the field was evaluated.
+        nfe: evaluations of the network for one image; of "dopri5" their mean over the images.
         trajectory: states at the times `times`, (steps + 1, ...), or None when not asked for.
         times: the grid, (steps + 1,).
     """
 
     end: Tensor
-    nfe: int
+    nfe: float
     trajectory: Tensor | None
     times: Tensor
 
@@ -63,6 +65,37 @@ def check_solver(solver: str, steps: int) -> None:
         raise UserError(f"steps must be at least 1, not {steps}")
 
 
+def in_words(solver: str, steps: int) -> str:
+    """Return a solver and its steps as text: "1 mean step", "4 midpoint steps", or "dopri5"."""
+    if EVALUATIONS_PER_STEP[solver] is None:
+        return solver
+    return f"{steps} {solver} step{'s' if steps > 1 else ''}"
+
+
+def settle_solver(network: Any, solver: str | None, steps: int | None, default_steps: int) -> tuple[str, int]:
+    """Return solver and steps, by default one step of the average velocity where the network has it.
+
+    Args:
+        network: whose field is integrated; its `average_velocity` is read.
+        solver: one of `SOLVERS`; None for "mean" where it can be, and "midpoint" otherwise.
+        steps: None for 1 with "mean", and `default_steps` otherwise.
+        default_steps: of a network that has only a velocity.
+
+    Raises:
+        UserError: unknown solver, steps below 1, or "mean" for a network without average velocity.
+    """
+    solver = solver or ("mean" if network.average_velocity else "midpoint")
+    steps = (1 if solver == "mean" else default_steps) if steps is None else steps
+    check_solver(solver, steps)
+    if solver == "mean" and not network.average_velocity:
+        raise UserError(
+            "solver 'mean' needs an average velocity, and this model has none; train it with "
+            "`lediflow train ... --stage meanflow` (sampler-meanflow for the latent sampler, "
+            "baseline-meanflow for plain flow matching), or use another solver, such as midpoint"
+        )
+    return solver, steps
+
+
 @torch.no_grad()
 def integrate(
     field: Field,
@@ -71,20 +104,27 @@ def integrate(
     steps: int = 2,
     solver: str = "midpoint",
     reverse: bool = False,
+    begin: float = 0.0,
     trajectory: bool = False,
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Solution:
-    """Solve d phi_t / dt = field(t, phi_t) over [0, 1] (eq. 1), without gradients.
+    """Solve d phi_t / dt = field(t, phi_t) over [begin, 1] (eq. 1), without gradients.
+
+    "dopri5" chooses its steps by the error of the whole state, so a field of `fields.py` is integrated image
+    by image: what becomes of an image does not depend on the others of its batch.
 
     Args:
         field: called as field(t, state) with a scalar tensor t; returns the velocity, shape of state. For
-            "mean" it is called as field(t, state, r) and returns the average velocity over [t, r].
-        start: state at t = 0, or at t = 1 when `reverse`.
+            "mean" it is called as field(t, state, r) and returns the average velocity over [t, r]. Its
+            attribute `evaluations`, where it has one (fields.py), says how many evaluations of the network
+            each call is.
+        start: state at t = begin, or at t = 1 when `reverse`.
         steps: number of steps of a fixed-step solver; for dopri5 only the number of returned points less one.
         solver: one of `SOLVERS`. heun2 and heun3 are the 2- and 3-stage Heun methods (2 and 3 evaluations);
             "mean" steps from t to r by (r - t) u(state, t, r), which is exact for an exact u.
-        reverse: integrate from t = 1 down to t = 0.
+        reverse: integrate from t = 1 down to t = begin.
+        begin: where the interval begins, from 0 to below 1.
         trajectory: also return the state at every grid time.
         rtol: relative tolerance, dopri5 only.
         atol: absolute tolerance, dopri5 only.
@@ -104,19 +144,29 @@ def integrate(
 
     def counted(*point: Tensor) -> Tensor:
         nonlocal nfe
-        nfe += 1
+        nfe += getattr(field, "evaluations", 1)
         return field(*point)
 
     # float64 times: steps of a float32 grid differ in the last digits, which costs reversibility
-    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=start.device)
+    times = torch.linspace(begin, 1, steps + 1, dtype=finest_float(start.device), device=start.device)
     if reverse:
         times = times.flip(0)
+    adaptive = EVALUATIONS_PER_STEP[solver] is None
+    if adaptive and len(start) > 1 and hasattr(field, "rows"):
+        options = {"steps": steps, "reverse": reverse, "begin": begin, "trajectory": trajectory}
+        options |= {"rtol": rtol, "atol": atol}
+        alone = [
+            integrate(field.rows([i]), start[i : i + 1], solver=solver, **options) for i in range(len(start))
+        ]
+        whole = None if not trajectory else torch.cat([one.trajectory for one in alone], dim=1)
+        nfe = sum(one.nfe for one in alone) / len(alone)
+        return Solution(torch.cat([one.end for one in alone]), nfe, whole, times)
     if solver == "mean":
         states = [start]
         for t, r in itertools.pairwise(times):
             states.append(states[-1] + (r - t).to(start.dtype) * counted(t, states[-1], r))
         return Solution(states[-1], nfe, torch.stack(states) if trajectory else None, times)
-    if EVALUATIONS_PER_STEP[solver] is None:
+    if adaptive:
         states = odeint(counted, start, times, method=solver, rtol=rtol, atol=atol)
     else:
         states = odeint(counted, start, times, method=solver)

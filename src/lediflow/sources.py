@@ -16,7 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lediflow.devices import to_device
 from lediflow.flow import logit_normal, stratified_t
+
+Path = Literal["linear", "slerp"]
 
 
 def derive_seed(seed: int, *names: int | str) -> int:
@@ -44,14 +47,7 @@ def image_noise(
     indices = list(indices)
     noise = torch.empty((len(indices), *shape))
     _fill(noise, [derive_seed(seed, stream, index) for index in indices])
-    return put(noise, device).to(dtype)
-
-
-def put(x: Tensor, device: torch.device | str | None) -> Tensor:
-    """Copy x from the CPU to a device, not waiting for what a CUDA device still has to do."""
-    if device is None or torch.device(device).type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
+    return to_device(noise, device).to(dtype)
 
 
 def _fill(noise: Tensor, seeds: Sequence[int]) -> None:
@@ -61,24 +57,52 @@ def _fill(noise: Tensor, seeds: Sequence[int]) -> None:
         row.normal_(generator=generator.manual_seed(seed))
 
 
-def optimal_coupling(x: Tensor, y: Tensor) -> Tensor:
+def optimal_coupling(x: Tensor, y: Tensor, groups: Tensor | None = None) -> Tensor:
     """Reorder the source samples of a batch so that sum ||y_i - x_i||^2 is least: minibatch OT.
 
     OT-CFM (arXiv 2302.00482, 2304.14772). The pairs (x_i, y_i) follow the plan that is optimal within the
-    batch; x alone keeps its distribution.
+    batch; x alone keeps its distribution. Where the network is told a class, x must keep its distribution
+    within each class too, for sampling draws it independently of the class: so each class deals out its own
+    noise (C2OT, arXiv 2503.10636).
 
     Args:
         x: source samples, (B, ...).
         y: targets, (B, ...).
+        groups: the class of each pair, integers (B,); None for one.
 
     Returns:
         x in another order, (B, ...).
     """
     from scipy.optimize import linear_sum_assignment
 
-    cost = torch.cdist(y.flatten(1).double(), x.flatten(1).double()).square()
-    _, order = linear_sum_assignment(cost.cpu().numpy())
-    return x[torch.from_numpy(order).to(x.device)]
+    # on the CPU, for the assignment is made there, and not every device has float64
+    flat_x, flat_y = x.flatten(1).cpu().double(), y.flatten(1).cpu().double()
+    order = torch.arange(len(x))
+    labels = torch.zeros(len(x), dtype=torch.long) if groups is None else groups.cpu()
+    for label in labels.unique():
+        rows = (labels == label).nonzero()[:, 0]
+        cost = torch.cdist(flat_y[rows], flat_x[rows]).square()
+        order[rows] = rows[torch.from_numpy(linear_sum_assignment(cost.numpy())[1])]
+    return x[order.to(x.device)]
+
+
+def between(a: Tensor, b: Tensor, share: float, path: Path) -> Tensor:
+    """Return the point at a share in [0, 1] of the way from a to b, of any one shape.
+
+    Args:
+        a: the point at 0.
+        b: the point at 1.
+        share: of the way.
+        path: "linear", or "slerp": along the arc, sin((1 - s) u) a + sin(s u) b over sin u for the angle u
+            between both (Shoemake 1985). Where they point the same way or opposite ways, that is linear.
+    """
+    flat_a, flat_b = a.flatten().cpu().double(), b.flatten().cpu().double()
+    cosine = torch.dot(flat_a, flat_b) / (flat_a.norm() * flat_b.norm()).clamp_min(1e-12)
+    angle = cosine.clamp(-1, 1).acos()
+    if path == "linear" or float(angle.sin()) < 1e-4:
+        return torch.lerp(a, b, share)
+    weights = ((1 - share) * angle).sin() / angle.sin(), (share * angle).sin() / angle.sin()
+    return float(weights[0]) * a + float(weights[1]) * b
 
 
 class BatchNoise:

@@ -99,12 +99,12 @@ def test_hub_ids_are_asked_for_with_config_and_split(shards, monkeypatch):
 
     real, asked = datasets.load_dataset, []
 
-    def load(name, config, *, split, streaming):
+    def load(name, config, *, split, streaming, revision):
         asked.append((name, config, split, streaming))
         return real("webdataset", data_files=str(shards / "000.tar"), split="train", streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "test"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config, **_: ["train", "test"])
     assert len(ImageData("owner/some-set:small", image_size=8)) == 10
     assert len(open_dataset("owner/some-set", "validation")) == 10
     assert next(iter(open_dataset("owner/some-set", streaming=True)))["label"] == 0
@@ -120,7 +120,7 @@ def test_hub_ids_are_asked_for_with_config_and_split(shards, monkeypatch):
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     import datasets
 
-    def fail(*_):
+    def fail(*_, **__):
         raise ConnectionError("Couldn't reach the Hub\nmore")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
@@ -191,7 +191,7 @@ def test_a_folder_can_be_streamed(shards, tmp_path):
 
 def test_another_number_of_workers_starts_a_new_epoch(shards):
     first = list(batches(stream(shards), batch_size=10, seed=0, stop=2))
-    with pytest.warns(UserWarning, match="left by 1 processes with 1 workers and goes on with 1 and 2"):
+    with pytest.warns(UserWarning, match="left by 1 processes with 1 workers and resumes with 1 and 2"):
         rest = list(
             batches(
                 stream(shards),

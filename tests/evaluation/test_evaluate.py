@@ -10,23 +10,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from lediflow.errors import UserError
 from lediflow.evaluation import evaluate as module
 from lediflow.evaluation.evaluate import evaluate
-from lediflow.evaluation.evaluation_report import quality_table, speed_table, verdicts
-from lediflow.evaluation.feature_networks import ClassifierFeatures
-from lediflow.evaluation.features import SmallClassifier
-from lediflow.evaluation.measure import Request, copies, distances, in_pixels, reconstruct, timings
-from lediflow.evaluation.reference import RealFeatures
-from lediflow.evaluation.settings import Settings
-from lediflow.pipelines.base import load_pipeline
-from lediflow.pipelines.lediflow import LeDiFlowPipeline
-from lediflow.sources import image_noise
-from lediflow.training.builders import build_auxiliary, build_flow, build_sampler
-from lediflow.training.config import load_config
-from tests.conftest import TINY
+from lediflow.evaluation.request import Settings
 
 SMALL = {
     "data": "digits",
@@ -120,7 +108,7 @@ def test_each_model_is_measured_with_the_solvers_it_has(tiny_mean_run, measured,
     )
 
     asked = Settings(**few, solvers=("mean",), latent_solver="midpoint", latent_steps=2)
-    results = evaluate(models, asked, tmp_path, **at)
+    results = evaluate(models, asked, tmp_path, **at, overwrite=True)
     said = capsys.readouterr().err
     assert said.count("no row with solver mean") == 1
     assert "mean/baseline: no row with solver mean, because the model has no average velocity" in said
@@ -137,30 +125,9 @@ def test_each_model_is_measured_with_the_solvers_it_has(tiny_mean_run, measured,
         evaluate(measured.models[:1], Settings(**few, latent_solver="mean"), tmp_path, **at)
 
 
-def test_a_model_with_classes_makes_all_of_them_in_turn():
-    config = load_config("digits", [*TINY, "data.classes=3", "training.stages=[meanflow,sampler-meanflow]"])
-    pipeline = LeDiFlowPipeline(
-        auxiliary=build_auxiliary(config),
-        flow=build_flow(config, average_velocity=True),
-        sampler=build_sampler(config, average_velocity=True),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    for p in pipeline.flow.parameters():
-        if p.ndim > 1:  # many are zero before training, and then no class tells
-            p.data = 0.3 * torch.randn(p.shape, generator=generator)
-    request = Request("mean", 1, 5, 0, 4, "fp32", "mean", 1)
-    images = request.images(pipeline, range(2, 7)).images
-    for i, image in zip(range(2, 7), images, strict=True):
-        right, wrong = (
-            pipeline(1, first_image=i, class_labels=(i + off) % 3, output_type="pt").images[0]
-            for off in (0, 1)
-        )
-        torch.testing.assert_close(image, right, atol=1e-4, rtol=0)
-        assert (image - wrong).abs().max() > 1e-3
-
-
-def test_what_was_measured_is_not_measured_again(measured, monkeypatch):
+def test_what_was_measured_is_not_measured_again_and_another_report_is_not_replaced(
+    measured, monkeypatch, tmp_path
+):
     calls = []
     features, times = module.generated_features, module.timings
     monkeypatch.setattr(module, "generated_features", lambda *a: calls.append(a[1].steps) or features(*a))
@@ -168,12 +135,40 @@ def test_what_was_measured_is_not_measured_again(measured, monkeypatch):
     again = evaluate(measured.models, Settings(**SMALL), measured.out, cache=measured.cache, device="cpu")
     assert calls == []
     assert again == measured.results
+    out = shutil.copytree(measured.out, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    at = {"cache": measured.cache, "device": "cpu"}
+
+    def refused(match, models=measured.models, **changes):
+        with pytest.raises(UserError, match=match + ".*--overwrite"):
+            evaluate(models, Settings(**SMALL | changes), out, **at)
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+    refused(r"the report of another request \(seed: 0 there, 1 now\)", seed=1)
+    refused(r"models: tiny/baseline \(weights \w+\) there, nothing more now", measured.models[:1])
+    refused(r"rows: nothing more there, tiny, 4 midpoint steps .*, tiny/baseline, 4 mid", steps=(1, 2, 4))
+    refused("validation: None there, digits now", validation="digits")
     more = Settings(**SMALL | {"steps": (1, 2, 4)})
-    evaluate(measured.models[:1], more, measured.out, cache=measured.cache, device="cpu")
-    assert calls == [4, "times"]
+    evaluate(measured.models[:1], more, out, **at, overwrite=True)
+    assert calls == [4, "times"], "rows that fit are kept"
+    assert not (out / "closest-tiny-baseline.png").exists(), "nothing is left of the other report"
+    assert "closest-tiny-baseline.png" in before
 
 
-def test_a_killed_evaluation_goes_on_with_the_rows_it_has(measured, monkeypatch, tmp_path):
+def test_an_unfinished_evaluation_of_another_request_is_no_report(measured, tmp_path):
+    out = shutil.copytree(measured.out, tmp_path / "out")
+    for name in ("results.json", "table.md", "report.html"):
+        (out / name).unlink()
+    for path in out.glob("*.png"):
+        path.unlink()
+    (out / f".results-{'0' * 32}.json").write_text("half")
+    few = Settings(**SMALL | {"steps": (1,)})
+    evaluate(measured.models, few, out, cache=measured.cache, device="cpu")
+    assert json.loads((out / "request.json").read_text())["rows"][0].startswith("tiny, 1 midpoint step ")
+    assert not list(out.rglob(".*"))
+
+
+def test_a_killed_evaluation_resumes_with_the_rows_it_has(measured, monkeypatch, tmp_path):
     out = shutil.copytree(measured.out, tmp_path / "out")
     rows = [p for p in (out / "rows").glob("*.json") if not p.name.startswith("times")]
     lost = measured.results["rows"][0]["metrics"]  # the folder may hold rows of other evaluations too
@@ -211,6 +206,8 @@ def test_two_processes_measure_what_one_does(measured, tmp_path):
     for ours, theirs in zip(measured.results["rows"], both["rows"], strict=True):
         for name, estimate in ours["metrics"].items():
             assert theirs["metrics"][name]["value"] == pytest.approx(estimate["value"], rel=1e-4, abs=1e-6)
+        copied = [{c["image"]: c["training_image"] for c in row["closest"]} for row in (ours, theirs)]
+        assert copied[0] == copied[1], "the images of both processes stand in their order"
 
 
 def test_notes_say_where_counts_mislead(tiny_run, measured, tmp_path):
@@ -222,7 +219,7 @@ def test_notes_say_where_counts_mislead(tiny_run, measured, tmp_path):
     estimate = results["rows"][0]["metrics"]["classifier/frechet"]
     assert estimate["low"] == estimate["high"]
     few = Settings(**SMALL | {"steps": (1,), "num_images": 40})
-    results = evaluate([str(tiny_run)], few, tmp_path, cache=measured.cache, device="cpu")
+    results = evaluate([str(tiny_run)], few, tmp_path / "few", cache=measured.cache, device="cpu")
     assert any("40 samples do not determine a covariance" in note for note in results["notes"])
 
 
@@ -230,7 +227,7 @@ def test_default_features_fall_back_to_the_classifier_and_say_so(tiny_run, measu
     def unreachable(name, revision):
         raise UserError(f"{name} is not cached here")
 
-    monkeypatch.setattr("lediflow.evaluation.feature_networks._check_reachable", unreachable)
+    monkeypatch.setattr("lediflow.metrics.features._check_reachable", unreachable)
     settings = Settings(**SMALL | {"steps": (1,), "features": ()})
     results = evaluate([str(tiny_run)], settings, tmp_path, cache=measured.cache, device="cpu")
     assert results["features"][0]["headline"] == "classifier/frechet"
@@ -253,103 +250,10 @@ def test_mistakes(tiny_run, measured, tmp_path):
     refused("cannot load the network", features=(str(tmp_path),))
 
 
-def test_distances_by_hand_and_without_replicates():
-    torch.manual_seed(0)
-    network = ClassifierFeatures(SmallClassifier(1, 2), "cpu")
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randn(300, 4, generator=generator)
-    same = distances(network, real.clone(), RealFeatures.of(real), replicates=0, seed=0)
-    assert same["frechet"].value == pytest.approx(0, abs=1e-6)
-    assert same["precision"].value == same["recall"].value == same["coverage"].value == 1
-    apart = distances(network, real + 3, RealFeatures.of(real), replicates=20, seed=0)
-    assert apart["frechet"].value == pytest.approx(36, rel=1e-3)
-    assert apart["frechet"].low < 36 < apart["frechet"].high
-    assert apart["coverage"].value < 0.05
-
-
-def test_copies_are_found_and_named():
-    generator = torch.Generator().manual_seed(0)
-    train, unseen, new = (torch.randn(200, 3, generator=generator) for _ in range(3))
-    generated = torch.cat([new[:150], train[50:100]])
-    share, closest = copies(generated, RealFeatures.of(train), unseen, replicates=10, seed=0)
-    assert 0.25 <= share.value < 0.35
-    assert all(c["training_image"] == c["image"] - 100 for c in closest), "rows 150 to 199 copy 50 to 99"
-
-
-def test_reconstruction_at_many_steps_is_the_flow_run_by_hand(tiny_run):
-    pipeline = load_pipeline(tiny_run)
-    y = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    request = Request("euler", 1, 1, 3, 2, "fp32")
-    with torch.no_grad():
-        z = pipeline.auxiliary.encode(y).mean
-        x = pipeline.auxiliary.decode(z).at(image_noise((1, 16, 16), seed=3, indices=range(5), stream="x"))
-        expected = (x + pipeline.flow(x, torch.zeros(()), z)).clamp(-1, 1)
-    torch.testing.assert_close(reconstruct(pipeline, y, request), expected, atol=1e-5, rtol=0)
-
-
-def test_reconstruction_by_the_average_velocity(tiny_mean_run):
-    pipeline = load_pipeline(tiny_mean_run)
-    y = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with torch.no_grad():
-        z = pipeline.auxiliary.encode(y).mean
-        x = pipeline.auxiliary.decode(z).at(image_noise((1, 16, 16), seed=3, indices=range(3), stream="x"))
-        expected = (x + pipeline.flow(x, torch.zeros(()), z, None, torch.ones(()))).clamp(-1, 1)
-    found = reconstruct(pipeline, y, Request("mean", 1, 1, 3, 2, "fp32"))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-def test_timings_count_evaluations_of_each_row(tiny_run):
-    pipeline = load_pipeline(tiny_run)
-    pipeline.set_progress_bar_config(disable=True)
-    rows = [(pipeline, Request("midpoint", n, 4, 0, 4, "fp32", latent_steps=2)) for n in (1, 3)]
-    found = timings(rows)
-    assert [f["nfe"] for f in found] == [
-        {"sampler": 4, "decoder": 1, "flow": 2},
-        {"sampler": 4, "decoder": 1, "flow": 6},
-    ]
-    assert all(f["ms_per_image"][part] > 0 for f in found for part in ("total", "flow", "sampler", "decoder"))
-
-
-def _row(model, kind, steps, ms, value):
-    return {
-        "model": model,
-        "kind": kind,
-        "solver": "heun3",
-        "steps": steps,
-        "latent_solver": None,
-        "latent_steps": None,
-        "nfe": {"flow": 3 * steps},
-        "ms_per_image": {"total": ms, "flow": ms, "other": 0.0},
-        "images_per_second": 1000 / ms,
-        "metrics": {"f/mmd": {"value": value, "low": value - 0.5, "high": value + 0.5}},
-    }
-
-
-def test_tables_and_verdicts_of_given_rows():
-    results = {
-        "models": [{"name": n, "shape": [3, 8, 8]} for n in ("a", "b")],
-        "rows": [
-            _row("a", "LeDiFlowPipeline", 1, 2.0, 3.0),
-            _row("a", "LeDiFlowPipeline", 2, 4.0, 1.0),
-            _row("b", "FlowMatchingPipeline", 4, 12.0, 2.0),
-        ],
-        "real": [{"shape": [3, 8, 8], "floor": {}, "floor_images": 0}],
-    }
-    (says,) = verdicts(results, "f/mmd")
-    assert "LeDiFlow with 2 heun3 steps (1)" in says
-    assert "in 4.00 instead of 12.00 ms per image: 3.0 times the speed" in says
-    assert "| a     | heun3  |     2 | 6 flow      |       4.00 |" in speed_table(results, "f/mmd")
-    assert "1 [0.5, 1.5]" in quality_table(results)
-    results["rows"][0] |= {"latent_solver": "mean", "latent_steps": 1}
-    assert "| a     | heun3  |     1 | 1 mean step    |" in speed_table(results, "f/mmd")
-    assert "| b     | heun3  |     4 |                |" in quality_table(results)
-    results["models"][1]["shape"] = [3, 16, 16]
-    assert verdicts(results, "f/mmd") == [], "models of another size do not compare"
-
-
-def test_a_model_of_latents_is_known_before_its_codec_is_loaded(tiny_run):
-    pipeline = load_pipeline(tiny_run)
-    assert in_pixels(pipeline)
-    pipeline.register_to_config(latent_space={"codec": "somewhere"})
-    assert pipeline.vae is None
-    assert not in_pixels(pipeline)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tiny_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "open_real_side", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --output"):
+        evaluate([str(tiny_run)], Settings(**SMALL), tmp_path / "file", device="cpu")

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import time
+
 import pytest
+import torch
 
 from lediflow.errors import UserError
 from lediflow.evaluation import latency
-from lediflow.evaluation.latency import compare, measure
+from lediflow.evaluation.latency import compare, peak_memory
 
 
 class Clock:
@@ -29,12 +32,11 @@ def test_candidates_take_turns():
     results = compare(fns, images=2, repeats=3, warmup=2)
     assert "".join(calls) == "ABC" * 5
     assert list(results) == ["A", "B", "C"]
-    assert all(r.repeats == 3 and r.batch_size == 2 for r in results.values())
 
 
 def test_figures_leave_the_warm_up_out(monkeypatch):
     clock = Clock(monkeypatch)
-    result = measure(clock.work(100.0, 1.0, 2.0, 4.0), images=8, repeats=3, warmup=1)
+    result = compare({"A": clock.work(100.0, 1.0, 2.0, 4.0)}, images=8, repeats=3, warmup=1)["A"]
     assert result.ms_per_image == pytest.approx(2000 / 8)
     assert result.images_per_second == pytest.approx(8 / 2)
     assert result.spread == pytest.approx((4 - 1) / 2)
@@ -58,13 +60,13 @@ def test_another_clock_may_count():
 def test_cuda_is_waited_for_on_both_sides_of_each_call(monkeypatch):
     events: list[str] = []
     monkeypatch.setattr(latency.torch.cuda, "synchronize", lambda device: events.append(str(device)))
-    measure(lambda: events.append("call"), images=1, repeats=2, warmup=1, device="cuda:1")
+    compare({"A": lambda: events.append("call")}, images=1, repeats=2, warmup=1, device="cuda:1")
     assert events == ["cuda:1", "call", "cuda:1"] * 3
 
 
 def test_work_that_takes_no_time_has_finite_figures(monkeypatch):
     Clock(monkeypatch)
-    result = measure(lambda: None, images=1)
+    result = compare({"A": lambda: None}, images=1)["A"]
     assert result.spread == 0
     assert result.images_per_second < float("inf")
 
@@ -109,3 +111,22 @@ def test_a_failing_call_leaves_the_object_as_it_was():
     with pytest.raises(RuntimeError):
         latency.part_shares(lambda: network.forward(), {"network": (network, "forward")})
     assert "forward" not in vars(network)
+
+
+def test_a_method_of_the_object_itself_comes_back():
+    class Network:
+        pass
+
+    network, own = Network(), lambda: "own"
+    network.run = own
+    latency.part_shares(lambda: network.run(), {"network": (network, "run")}, repeats=1)
+    assert network.run is own
+
+
+def test_peak_memory_sees_what_was_held():
+    with peak_memory(torch.device("cpu")) as before:
+        time.sleep(0.05)
+    with peak_memory(torch.device("cpu")) as peak:
+        held = torch.ones(50_000_000)
+        time.sleep(0.05)
+    assert peak[0] - before[0] > 0.9 * held.numel() * 4

@@ -6,16 +6,17 @@ import warnings
 import pytest
 import torch
 from conftest import randomized
-from test_models import SMALL
+from test_models import LABEL, SMALL, Z
 
 from lediflow import flow
+from lediflow.conditions import Conditions
 from lediflow.networks.attention import forward_mode, self_attention
 from lediflow.networks.velocity import IntervalFeatures, VelocityTransformer
 
 
 def network(**changes):
-    sizes = {"latent_channels": 2, "latent_size": 4, "num_classes": 3, **SMALL, **changes}
-    return VelocityTransformer(16, 3, 2, average_velocity=True, **sizes)
+    conditions = {"label": LABEL, "z": {**Z, "size": 4}}
+    return VelocityTransformer(16, 3, 2, average_velocity=True, conditions=conditions, **{**SMALL, **changes})
 
 
 @pytest.fixture
@@ -26,13 +27,16 @@ def point():
     return {"x": x, "v": v, "t": t, "r": t + 0.3, "z": torch.randn(4, 2, 4, 4, generator=g)}
 
 
-LABELS = torch.tensor([0, 1, 2, 3])
+def conditions_of(p):
+    """A z for each image and three classes; the last image has none."""
+    labels = Conditions(label=torch.tensor([0, 1, 2, 0])).drop("label", torch.tensor([False] * 3 + [True]))
+    return labels.also(z=p["z"])
 
 
 def correction(net, p, dtype=None):
     with forward_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
         return flow.average_velocity_correction(
-            lambda x, t: net(x, t, p["z"], LABELS, p["r"]), p["x"], p["v"], p["t"], p["r"]
+            lambda x, t: net(x, t, conditions_of(p), p["r"]), p["x"], p["v"], p["t"], p["r"]
         )
 
 
@@ -41,7 +45,7 @@ def by_differences(net, p, step=1e-5):
     net = copy.deepcopy(net).double()
     p = {name: value.double() for name, value in p.items()}
     with torch.no_grad():
-        ends = [net(p["x"] + s * p["v"], p["t"] + s, p["z"], LABELS, p["r"]) for s in (step, -step)]
+        ends = [net(p["x"] + s * p["v"], p["t"] + s, conditions_of(p), p["r"]) for s in (step, -step)]
     return (ends[0] - ends[1]) / (2 * step) * (p["r"] - p["t"]).view(-1, 1, 1, 1)
 
 
@@ -51,12 +55,12 @@ def relative(a, b):
 
 def test_a_fresh_interval_changes_nothing_and_a_trained_one_does(point):
     net = randomized(network())
-    x, t, r, z = (point[name] for name in "xtrz")
-    velocity = net(x, t, z, LABELS)
-    assert torch.equal(net(x, t, z, LABELS, t), velocity), "r = t is the velocity"
-    assert relative(net(x, t, z, LABELS, r), velocity) > 1e-3
+    x, t, r, given = point["x"], point["t"], point["r"], conditions_of(point)
+    velocity = net(x, t, given)
+    assert torch.equal(net(x, t, given, t), velocity), "r = t is the velocity"
+    assert relative(net(x, t, given, r), velocity) > 1e-3
     torch.nn.init.zeros_(net.interval_in.weight)
-    assert torch.equal(net(x, t, z, LABELS, r), velocity)
+    assert torch.equal(net(x, t, given, r), velocity)
 
 
 def test_weights_of_a_plain_network_fit():
@@ -128,6 +132,6 @@ def test_it_comes_back_from_disk(tmp_path, point):
     net = randomized(network())
     net.save_pretrained(tmp_path)
     again = VelocityTransformer.from_pretrained(tmp_path)
-    x, t, r, z = (point[name] for name in "xtrz")
+    x, t, r, given = point["x"], point["t"], point["r"], conditions_of(point)
     assert again.average_velocity
-    assert torch.equal(again(x, t, z, LABELS, r), net(x, t, z, LABELS, r))
+    assert torch.equal(again(x, t, given, r), net(x, t, given, r))

@@ -105,9 +105,17 @@ def test_parameter_groups_follow_hdit():
     from lediflow.networks.velocity import VelocityTransformer
 
     net = VelocityTransformer(
-        8, 1, 2, (16,), (1,), d_head=8, mapping_width=16, mapping_depth=1, num_classes=3
+        8,
+        1,
+        2,
+        (16,),
+        (1,),
+        d_head=8,
+        mapping_width=16,
+        mapping_depth=1,
+        conditions={"label": {"embedder": "class", "classes": 3}},
     )
-    groups = list(hg.parameter_groups(net, lr=3e-4, weight_decay=0.1))
+    groups = net.parameter_groups(lr=3e-4, weight_decay=0.1)
     where = {id(p): g for g in groups for p in g["params"]}
     assert len(where) == len(list(net.parameters()))
     block = net.hourglass.middle[0]
@@ -121,7 +129,7 @@ def test_parameter_groups_follow_hdit():
     assert where[id(block.attention_norm.linear.weight)]["lr"] == pytest.approx(1e-4)
     assert where[id(net.mapping.blocks[0].up.weight)]["lr"] == pytest.approx(1e-4)
     assert where[id(block.attention.scale)]["weight_decay"] == 0
-    assert where[id(net.class_embedding.weight)]["weight_decay"] == 0
+    assert where[id(net.embedders["label"].embedding.weight)]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize(

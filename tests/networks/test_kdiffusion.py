@@ -1,7 +1,8 @@
 """k-diffusion's HDiT and ours: the same weights, the same output.
 
-Needs a checkout of k-diffusion, which LEDIFLOW_K_DIFFUSION names. NATTEN, which its neighbourhood attention
-calls, is played by a few lines of gathered windows.
+What k-diffusion itself made of fixed weights is kept in golden/k-diffusion.safetensors; with a checkout of
+k-diffusion, which LEDIFLOW_K_DIFFUSION names, other weights are compared too. NATTEN, which its neighbourhood
+attention calls, is there played by a few lines of gathered windows.
 """
 
 import importlib.util
@@ -12,12 +13,14 @@ import types
 
 import pytest
 import torch
+from conftest import ROOT
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lediflow.conditions import Conditions
 from lediflow.errors import UserError
 from lediflow.networks.kdiffusion import convert_weights, load_k_diffusion
 from lediflow.networks.velocity import VelocityTransformer
-from tests.conftest import ROOT
 
 SIZES = {
     "sample_size": (32, 48),
@@ -91,7 +94,6 @@ def test_same_optimiser_groups(k_diffusion):
     k = k_diffusion.module
     theirs = k_diffusion.build(k, k.NeighborhoodAttentionSpec(16, 7), SIZES)
     ours = VelocityTransformer(**SIZES)
-    from lediflow.networks.hourglass import parameter_groups
 
     def sizes(groups):
         return sorted(
@@ -100,9 +102,46 @@ def test_same_optimiser_groups(k_diffusion):
 
     unused = theirs.aug_in_proj.weight.numel()
     expected = [(lr, decays, n) for lr, decays, n in sizes(theirs.param_groups(3e-4))]
-    result = sizes(parameter_groups(ours, 3e-4, 0.01))
+    result = sizes(ours.parameter_groups(3e-4, 0.01))
     assert [g[:2] for g in result] == [g[:2] for g in expected]
     assert sum(g[2] for g in result) == sum(g[2] for g in expected) - unused
+
+
+# What is kept of k-diffusion, for machines without it
+
+GOLDEN = ROOT / "tests" / "golden" / "k-diffusion.safetensors"
+
+
+def kept(path=GOLDEN):
+    """A slim checkpoint with weights of few digits, and what k-diffusion made of x and sigma with them."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    x, sigma, out = (tensors.pop(f"golden.{name}").float() for name in ("x", "sigma", "out"))
+    return tensors, metadata, x, sigma, out
+
+
+def test_kept_weights_of_k_diffusion_give_what_it_made_of_them(tmp_path):
+    tensors, metadata, x, sigma, expected = kept()
+    save_file(tensors, tmp_path / "slim.safetensors", metadata)
+    ours = load_k_diffusion(tmp_path / "slim.safetensors")
+    scale = expected.abs().max().item()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, sigma.log() / 4), expected, rtol=0, atol=1e-5 * scale)
+        assert (ours(x, sigma.log()) - expected).abs().max() > 0.01 * scale, "the time is seen"
+    assert ours.config.kernel_size == 7 and min(ours.config.sample_size) // 2 > 7, "there are neighbourhoods"
+
+
+def test_what_is_kept_is_k_diffusions(k_diffusion):
+    k = k_diffusion.module
+    tensors, metadata, x, sigma, expected = kept()
+    model = json.loads(metadata["config"])["model"]
+    sizes = {name: model[name] for name in ("widths", "depths", "mapping_width", "mapping_depth")}
+    sizes |= {"in_channels": 1, "patch_size": 2, "d_head": 16}
+    theirs = k_diffusion.build(k, k.NeighborhoodAttentionSpec(16, 7), sizes).eval()
+    theirs.load_state_dict({name.removeprefix("inner_model."): t.float() for name, t in tensors.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, sigma), expected, rtol=0, atol=1e-6)
 
 
 # Files
@@ -124,8 +163,11 @@ def slim_checkpoint(path, classes=0, **changes):
         "mapping_width": 48,
         **changes,
     }
-    sizes = {**SIZES, "widths": (32, 64), "depths": (2, 1), "kernel_size": 3, "num_classes": classes}
-    ours = shaken(VelocityTransformer(**sizes, time_bias=True))
+    sizes = {**SIZES, "widths": (32, 64), "depths": (2, 1), "kernel_size": 3}
+    label = {"embedder": "class", "classes": classes}
+    ours = shaken(
+        VelocityTransformer(**sizes, time_bias=True, conditions={"label": label} if classes else None)
+    )
     state = {}
     for name, tensor in ours.state_dict().items():
         for new, old in (
@@ -150,7 +192,7 @@ def slim_checkpoint(path, classes=0, **changes):
         name = {
             "patch_in.weight": "patch_in.proj.weight",
             "time_in.weight": "time_in_proj.weight",
-            "class_embedding.weight": "class_emb.weight",
+            "embedders.label.embedding.weight": "class_emb.weight",
         }.get(name, name)
         state[f"inner_model.{name}"] = tensor.contiguous()
     state["inner_model.time_emb.weight"] = state.pop("inner_model.time_features.frequencies")[
@@ -169,11 +211,14 @@ def slim_checkpoint(path, classes=0, **changes):
 def test_a_slim_checkpoint_comes_back_as_a_network(tmp_path, classes):
     ours = slim_checkpoint(tmp_path / "slim.safetensors", classes)
     loaded = load_k_diffusion(tmp_path / "slim.safetensors")
-    assert loaded.config.num_classes == classes
+    assert loaded.classes() == classes
     x, t = torch.randn(2, 3, 32, 48), torch.rand(2)
-    labels = torch.tensor([0, classes]) if classes else None
+    told = Conditions(label=torch.tensor([0, 2])) if classes else Conditions()
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x, t, None, labels), ours(x, t, None, labels))
+        torch.testing.assert_close(loaded(x, t, told), ours(x, t, told))
+        if classes:
+            none = told.drop("label")
+            torch.testing.assert_close(loaded(x, t, none), ours(x, t, none))
     loaded.save_pretrained(tmp_path / "network")
     assert (tmp_path / "network" / "config.json").is_file()
 

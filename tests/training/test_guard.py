@@ -12,8 +12,8 @@ from lediflow.errors import UserError
 from lediflow.training import checkpoint
 from lediflow.training.config import load_config
 from lediflow.training.guard import PATIENCE, ROLLBACKS, WINDOW, Guard
+from lediflow.training.objectives import Matching
 from lediflow.training.run import train
-from lediflow.training.stages import BaselineStage
 
 CONFIG = load_config("digits", [*TINY, "training.checkpoint_every=2", "training.log_every=1"])
 
@@ -60,14 +60,14 @@ def test_the_full_rate_returns_beyond_the_failure():
 
 def break_losses(monkeypatch, broken):
     """Make the loss NaN in the n-th call of the baseline's loss (from 1) where `broken(n)`."""
-    calls, whole = [], BaselineStage.loss
+    calls, whole = [], Matching.loss
 
     def loss(self, *arguments):
         calls.append(1)
         value, metrics = whole(self, *arguments)
         return (value * math.nan if broken(len(calls)) else value), metrics
 
-    monkeypatch.setattr(BaselineStage, "loss", loss)
+    monkeypatch.setattr(Matching, "loss", loss)
     return calls
 
 

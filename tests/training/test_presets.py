@@ -2,9 +2,9 @@
 
 import pytest
 
-from lediflow.training.builders import BUILDERS
+from lediflow.training.builders import NETWORKS, count_parameters
 from lediflow.training.config import load_config, preset_names
-from lediflow.training.run import check_networks
+from lediflow.training.stages import STAGES
 
 RGB = ("ffhq-256", "afhq-256", "lhq-256")
 SDV = ("ffhq-256-sdv", "afhq-256-sdv", "lhq-256-sdv", "imagenet-256-sdv")
@@ -13,7 +13,10 @@ SDV = ("ffhq-256-sdv", "afhq-256-sdv", "lhq-256-sdv", "imagenet-256-sdv")
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_builds_and_says_what_it_needs(name):
     config = load_config(name)
-    assert set(check_networks(config)) == set(BUILDERS)
+    counted = count_parameters(config)
+    described = {name for name, row in STAGES.items() if config.has(row) and not config.lacks(row)}
+    assert counted.keys() == described
+    assert {spec.name for spec in config.chosen(None)} <= counted.keys()
     assert config.description
     assert config.needs
 
@@ -27,7 +30,7 @@ def test_every_preset_builds_and_says_what_it_needs(name):
 )
 def test_parameters_of_table_3(names, exact, millions):
     for name in names:
-        counts = check_networks(load_config(name))
+        counts = count_parameters(load_config(name))
         assert {k: counts[k] for k in exact} == exact
         # the paper rounds some numbers and cuts others (35.8 becomes 35)
         for count, paper in zip(
@@ -69,7 +72,7 @@ def test_settings_of_table_3(names, expected):
             assert c.kernel_size == 7
         assert (config.flow.d_head, config.auxiliary.d_head, config.sampler.d_head) == (64, 16, 64)
         assert (config.flow.mapping_depth, config.flow.mapping_width) == (2, 768)
-        assert (config.auxiliary.latent_size, config.auxiliary.latent_channels) == (8, 4)
+        assert (config.auxiliary.z_size, config.auxiliary.z_channels) == (8, 4)
         assert (config.sampler.widths, config.sampler.depths) == ((384,), (8,))
         assert config.training.precision == "bf16"
         for stage, batch in expected["batch"].items():
@@ -82,14 +85,13 @@ def test_settings_of_table_3(names, expected):
 def test_the_large_imagenet_preset_is_class_conditional_and_about_450_million():
     config = load_config("imagenet-256-sdv-large")
     assert config.data.classes == 1000
-    assert abs(check_networks(config)["flow"] / 1e6 - 450) < 10
-    assert BUILDERS["sampler"](
-        config.model_copy(update={"sampler": load_config("digits").sampler})
-    ).num_classes
+    assert abs(count_parameters(config)["flow"] / 1e6 - 450) < 10
+    small = config.model_copy(update={"sampler": load_config("digits").sampler})
+    assert NETWORKS["sampler"](small).classes() == 1000
 
 
 def test_a_size_that_the_codec_cannot_bring_down_is_named():
     from lediflow.errors import UserError
 
     with pytest.raises(UserError, match=r"data.image_size 250 is not divisible by codec.factor 8"):
-        check_networks(load_config("ffhq-256-sdv", ["data.image_size=250"]))
+        count_parameters(load_config("ffhq-256-sdv", ["data.image_size=250"]))

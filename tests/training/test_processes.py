@@ -13,9 +13,9 @@ import torch
 from conftest import TINY, weights
 from PIL import Image
 
+from lediflow.pipelines.save import batches_of_process
 from lediflow.training import checkpoint
 from lediflow.training.config import load_config
-from lediflow.training.processes import batches_of_process
 from lediflow.training.run import train
 
 STAGES = ("auxiliary", "flow")
@@ -51,6 +51,7 @@ def curve(run, stage, name):
     return torch.tensor([json.loads(line)[name] for line in lines])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_draw_the_curve_of_one(parallel, alone, tmp_path):
     run, settings = tmp_path / "run", [*TWENTY, f"training.parallel={parallel}"]
@@ -97,14 +98,18 @@ def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
 
 def test_sampling_split_over_processes_gives_the_same_files(tiny_run, tmp_path):
     from lediflow import load_pipeline
-    from lediflow.pipelines.base import to_pil
+    from lediflow.pictures import to_pil
 
     arguments = ("sample", tiny_run, "-n", 7, "--batch-size", 2, "--seed", 5, "--output", tmp_path, "--json")
     report = json.loads(run_two(*arguments).splitlines()[-1])
     assert report["nfe"] == {"sampler": 8, "decoder": 1, "flow": 4}
     pipeline = load_pipeline(tiny_run)
     expected = to_pil(pipeline(7, seed=5, batch_size=2, output_type="pt").images)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"{i:06d}.png" for i in range(7)), "grid.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(f"{i:06d}.png" for i in range(7)),
+        "grid.png",
+        "request.json",
+    ]
     for i, image in enumerate(expected):
         left, right = image.tobytes(), Image.open(tmp_path / f"{i:06d}.png").tobytes()
         assert max(abs(a - b) for a, b in zip(left, right, strict=True)) <= 1

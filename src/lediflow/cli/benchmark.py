@@ -8,20 +8,38 @@ from typing import Annotated, Any
 
 import typer
 
-from lediflow.cli.options import Device, Set
+from lediflow.choices import ATTENTION_BACKENDS
+from lediflow.cli.options import (
+    Device,
+    Dtype,
+    FlowSolver,
+    Json,
+    LatentSolver,
+    LatentSteps,
+    Set,
+    Steps,
+    completed,
+)
 
 
 def benchmark(
     model: Annotated[
         str, typer.Argument(metavar="MODEL|PRESET", help="Run folder, saved pipeline, Hub id, or a preset.")
     ],
+    solver: FlowSolver = None,
+    steps: Steps = None,
+    latent_solver: LatentSolver = None,
+    latent_steps: LatentSteps = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
-    dtype: Annotated[
-        str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 where the device multiplies it, else fp32.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     repeats: Annotated[int, typer.Option(help="Timed repetitions; the median counts.")] = 3,
     attention: Annotated[
-        str | None, typer.Option(help="Force a backend: dense, tiles, flex or natten.", show_default=False)
+        str | None,
+        typer.Option(
+            help=f"Force a backend: {', '.join(ATTENTION_BACKENDS)}.",
+            autocompletion=completed(ATTENTION_BACKENDS),
+            show_default=False,
+        ),
     ] = None,
     compile: Annotated[str, typer.Option(help="none, blocks, model or pipeline.")] = "none",
     average_velocity: Annotated[
@@ -31,10 +49,6 @@ def benchmark(
             help="Time a preset as refined to one evaluation; needless where its training.stages do it.",
         ),
     ] = False,
-    training: Annotated[bool, typer.Option(help="Also time a training step of the flow.")] = True,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="In that training step.")
-    ] = False,
     codec: Annotated[
         str | None,
         typer.Option(
@@ -43,13 +57,11 @@ def benchmark(
     ] = None,
     settings: Set = None,
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Time sampling as in the paper's Table 1, each network, and a training step; count operations.
+    """Time a request as `lediflow sample` makes it: ms per image, by network, images per second, memory.
 
-    A preset is timed with untrained weights, which take the same time. Plain flow matching with the same
-    network is timed beside it. A model with an average velocity has a row of one step too, which stands
-    against 8 midpoint steps of plain flow matching. Stop other work first.
+    A preset is timed with untrained weights, which take the same time. Stop other work first.
 
     Examples:
 
@@ -59,17 +71,16 @@ def benchmark(
 
         lediflow benchmark flowers-64 --average-velocity
 
-        lediflow benchmark ffhq-256 --attention dense --set data.image_size=128
+        lediflow benchmark ffhq-256 --steps 2 --latent-steps 4 --attention dense --set data.image_size=128
     """
     import os
 
     from lediflow.codecs import Codec
+    from lediflow.devices import check_device, settle_precision
     from lediflow.errors import UserError, nearest
-    from lediflow.evaluation.benchmark import benchmark as run_benchmark
-    from lediflow.evaluation.benchmark import pipeline_of
+    from lediflow.evaluation.speed import benchmark as run_benchmark
+    from lediflow.evaluation.speed import pipeline_of
     from lediflow.networks.attention import VARIABLE, check_backend
-    from lediflow.precision import settle_precision
-    from lediflow.training.processes import check_device
 
     known = ("none", "blocks", "model", "pipeline")
     if compile not in known:
@@ -84,80 +95,57 @@ def benchmark(
     where = check_device(device)
     dtype = settle_precision(dtype, where)
     if not as_json:
-        print(f"timing {model} on {where}: {repeats + 1} turns of everything", file=sys.stderr)
+        print(f"timing {model} on {where}", file=sys.stderr)
     report = {
         "model": model,
         **run_benchmark(
             pipeline_of(model, settings, average_velocity=average_velocity),
             device=where,
+            solver=solver,
+            steps=steps,
+            latent_solver=latent_solver,
+            latent_steps=latent_steps,
             codec=Codec.load(codec) if codec else None,
             dtype=dtype,
             batch_size=batch_size,
             repeats=repeats,
             compile=compile,  # type: ignore[arg-type]  # checked above
-            training=training,
-            gradient_checkpointing=gradient_checkpointing,
         ),
     }
     print(json.dumps(report, indent=1) if as_json else _text(report))
 
 
 def _text(report: dict[str, Any]) -> str:
-    from lediflow.evaluation.report import markdown_table
-    from lediflow.evaluation.sampling import in_words, latent_words
+    from lediflow.evaluation.request import latent_words
+    from lediflow.evaluation.tables import markdown_table
+    from lediflow.ode import in_words
 
-    against = {"mean": "one mean step against 8 midpoint steps"}
+    ms = report["ms_per_image"]
     backends = ", ".join(f"{grid} {name}" for grid, name in report["attention"].items())
-    networks = markdown_table(
-        ["network", "parameters", "GFLOP / image", "ms / image", "share of matmul rate"],
+    latent = f", latent sampler {words}" if (words := latent_words(report)) else ""
+    rows = [
         [
-            [name, f"{n['parameters']:,}", n["gflop"], n["ms_per_image"], f"{n['share_of_matmul']:.0%}"]
-            for name, n in report["networks"].items()
-        ],
-    )
-    sampling = markdown_table(
-        [
-            "model",
-            "latent sampler",
-            "flow",
-            "ms / image",
-            "images / s",
-            "sampler ms",
-            "decoder ms",
-            "flow ms",
-        ],
-        [
-            [
-                row["model"],
-                latent_words(row),
-                in_words(row["solver"], row["steps"]),
-                row["ms_per_image"],
-                row["images_per_second"],
-                *(row["ms"].get(name, "") for name in ("sampler", "decoder", "flow")),
-            ]
-            for row in report["sampling"]
-        ],
-    )
-    lines = [
-        f"{report['device']}, {report['threads']} threads, {report['dtype']}, batch {report['batch_size']}, "
-        f"compile {report['compile']}; large matmul {report['matmul_gflops']:,} GFLOP/s",
-        f"attention of the flow: {backends}",
-        "",
-        "One evaluation of each network:",
-        networks,
-        "",
-        "Sampling (the split is evaluations x time of one):",
-        sampling,
-        "",
-        *(
-            f"LeDiFlow takes 1/{factor} of the time ({against.get(solver, solver)})"
-            for solver, factor in report["speedup"].items()
-        ),
+            name,
+            f"{report['networks'][name]:,}",
+            count,
+            *([ms[name], f"{ms[name] / ms['total']:.0%}"] if name in ms else ["", ""]),
+        ]
+        for name, count in report["nfe"].items()
     ]
-    if "training" in report:
-        t = report["training"]
-        lines.append(
-            f"training step of the flow: {t['ms_per_step']} ms, {t['images_per_second']} images/s, "
-            f"{t['share_of_matmul']:.0%} of the matmul rate, peak memory {t['peak_memory_gb']} GB"
-        )
-    return "\n".join(lines)
+    if "other" in ms:
+        rows.append(["other", "", "", ms["other"], f"{ms['other'] / ms['total']:.0%}"])
+    if "codec" in report:
+        one = report["codec"]
+        rows.append(["codec, not in the total", f"{one['parameters']:,}", 1, one["ms_per_image"], ""])
+    return "\n".join(
+        [
+            f"{report['device']}, {report['threads']} threads, {report['dtype']}, "
+            f"batch {report['batch_size']}, compile {report['compile']}; attention of the flow: {backends}",
+            f"flow {in_words(report['solver'], report['steps'])}{latent}",
+            "",
+            markdown_table(["network", "parameters", "evaluations", "ms / image", "share"], rows),
+            "",
+            f"{ms['total']} ms per image, {report['images_per_second']} images/s "
+            f"(spread {report['spread']:.0%}), peak memory {report['peak_memory_gb']} GB",
+        ]
+    )

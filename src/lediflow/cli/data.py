@@ -22,7 +22,10 @@ def inspect(
     dataset: Dataset,
     split: Split = "train",
     output: Annotated[
-        Path | None, typer.Option(help="Folder for contact-sheet.png and report.json.", show_default=False)
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder for contact-sheet.png and report.json.", show_default=False
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -37,20 +40,22 @@ def inspect(
     """
     import json
 
+    from lediflow.cli.counting import counting
     from lediflow.data.inspect import contact_sheet, inspect_dataset
-    from lediflow.errors import UserError
-    from lediflow.files import write_text, written_whole
+    from lediflow.files import check_output, clear_files, explained, shown, write_text, written_whole
 
-    report = inspect_dataset(dataset, split, workers=workers)
     if output is not None:
-        try:
+        check_output(output)
+    with counting("inspect") as progress:
+        report = inspect_dataset(dataset, split, workers=workers, progress=progress)
+    if output is not None:
+        with explained(output):
+            clear_files(output)
             with written_whole(output / "contact-sheet.png") as path:
                 contact_sheet(dataset, split).save(path)
             write_text(output / "report.json", json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
-        except OSError as error:
-            raise UserError(f"cannot write to {output}: {error}") from None
     print(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report.to_text(), end="")
     if as_json:
         print()
     elif output is not None:
-        print(f"files: {output / 'contact-sheet.png'}, {output / 'report.json'}")
+        print(f"files: {shown(output / 'contact-sheet.png')}, {shown(output / 'report.json')}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lediflow.cli.options import Device, LatentSteps
+from lediflow.cli.options import Device, Json, LatentSolver, LatentSteps
 
 
 def diagnose(
@@ -17,30 +17,23 @@ def diagnose(
         str | None, typer.Option(help="Held-out images; default: that split of --data.")
     ] = None,
     num_images: Annotated[int, typer.Option("-n", "--num-images", help="Images of each kind.")] = 512,
-    latent_solver: Annotated[
-        str | None,
-        typer.Option(
-            help="Solver of the latent sampler; default: mean where it has an average velocity, else "
-            "midpoint.",
-            show_default=False,
-        ),
-    ] = None,
+    latent_solver: LatentSolver = None,
     latent_steps: LatentSteps = None,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure transport cost, curvature, calibration of sigma, and what z carries, each with a verdict.
 
-    Where RUN/baseline is trained too, its paths from N(0, I) are measured beside those from the prior. Of a
-    model refined to one evaluation it is measured where that ends, from where many steps end.
+    Where RUN/baseline is trained too, its paths from N(0, I) are measured beside those from the prior. For a
+    model refined to one evaluation, how far that ends from where many steps end is measured too.
 
     Example:
 
         lediflow diagnose runs/flowers --data flowers/
     """
-    from lediflow.evaluation.diagnose import diagnose as run
+    from lediflow.diagnosis.diagnose import diagnose as run
 
     result = run(
         model,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lediflow.cli.options import Dataset, Device, Split
+from lediflow.cli.options import Dataset, Device, Json, Split
 
 
 def encode(
@@ -15,8 +16,26 @@ def encode(
     codec: Annotated[
         str, typer.Option(metavar="MODEL", help="AutoencoderKL or AutoencoderTiny: folder or Hub id.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the latents; an unfinished one is gone on with.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the latents; an unfinished one is resumed.")
+    ],
     image_size: Annotated[int, typer.Option(help="Side of the images, pixels.")] = 256,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW:HIGH",
+            help="Pairs for an upsampler: images of HIGH px, and the same made LOW px small; instead of "
+            "--image-size.",
+            show_default=False,
+        ),
+    ] = None,
+    enlarge: Annotated[
+        str,
+        typer.Option(
+            help="With --pairs: latents keeps those of the small images; pixels enlarges them as images and "
+            "encodes them again (upsampler.enlarge=pixels)."
+        ),
+    ] = "latents",
     split: Split = "train",
     dtype: Annotated[str, typer.Option(help="Of the stored latents: fp16 (finer) or bf16 (wider).")] = "fp16",
     sample: Annotated[
@@ -31,45 +50,42 @@ def encode(
     shard_size: Annotated[int, typer.Option(help="Images in a file.")] = 2048,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Encode images and their mirror images to latents that training reads with no codec in memory.
 
-    Several processes share the work, each making its own files; stopped, the same command goes on where it
+    Several processes share the work, each making its own files; stopped, the same command resumes where it
     was. Images are cropped at the centre; broken ones are left out and named in latents.json.
 
     Examples:
 
         lediflow encode photos/ --codec stabilityai/sd-vae-ft-mse --output latents
 
+        lediflow encode photos/ --codec stabilityai/sd-vae-ft-mse --pairs 256:1024 --output pairs
+
         accelerate launch --multi-gpu -m lediflow encode "shards/{000..099}.tar" --codec vae/ --output latents
     """
-    import sys
-    from contextlib import nullcontext
-
     from accelerate import PartialState
-    from rich.console import Console
-    from rich.progress import Progress
 
+    from lediflow.cli.counting import counting
     from lediflow.codecs import Codec
     from lediflow.data.encode import encode as encode_dataset
-    from lediflow.training.processes import check_device
+    from lediflow.devices import check_device
+    from lediflow.files import check_output, shown
 
+    low_size, image_size = _sizes(pairs, image_size)
     place = check_device(device)
     state = PartialState(cpu=place.type == "cpu")
+    check_output(output)
     loaded = Codec.load(codec, device=state.device if state.device.type == place.type else place)
-    bar = Progress(console=Console(stderr=True)) if state.is_main_process and sys.stderr.isatty() else None
-    with bar or nullcontext():
-        task = bar.add_task("encoding", total=None) if bar else None
-
-        def progress(done: int, total: int) -> None:
-            if bar is not None and task is not None:
-                bar.update(task, completed=done, total=total)
-
+    with counting("encode", silent=not state.is_main_process) as progress:
         meta = encode_dataset(
             dataset,
             loaded,
             output,
             image_size=image_size,
+            low_size=low_size,
+            enlarge=enlarge,
             split=split,
             dtype=dtype,
             sample=sample,
@@ -82,9 +98,24 @@ def encode(
         )
     if meta is None:  # the process that ends last tells
         return
+    if as_json:
+        print(json.dumps(meta))
+        return
     side = image_size // meta["factor"]
-    print(f"{meta['count']:,} images as latents of {meta['channels']}x{side}x{side} in {output}")
+    print(f"{meta['count']:,} images as latents of {meta['channels']}x{side}x{side} in {shown(output)}")
     if meta["broken"]:
         name, reason = meta["broken"][0]
         print(f"{len(meta['broken']):,} could not be read, for example {name} ({reason}); see latents.json")
-    print(f"next: lediflow train PRESET --data {output} --set codec.model={meta['codec']}")
+    print(f"next: lediflow train PRESET --data {shown(output)} --set codec.model={meta['codec']}")
+
+
+def _sizes(pairs: str | None, image_size: int) -> tuple[int | None, int]:
+    """Return the sides of the small images, if there are any, and of the large ones."""
+    from lediflow.errors import UserError
+
+    if pairs is None:
+        return None, image_size
+    low, _, high = pairs.partition(":")
+    if not (low.isdecimal() and high.isdecimal()):
+        raise UserError(f"--pairs {pairs!r}: write it as LOW:HIGH in pixels, such as 256:1024")
+    return int(low), int(high)

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from lediflow.cli.options import Device, LatentSteps
+from lediflow.choices import SOLVERS
+from lediflow.cli.options import Device, Dtype, LatentSolver, LatentSteps, Seed, completed, listed
+
+Strengths = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Guidance as in `lediflow sample`, such as 1,1.5,2: each has rows of its own. Default: the "
+        "model's.",
+        show_default=False,
+    ),
+]
 
 
 def evaluate(
@@ -18,7 +28,7 @@ def evaluate(
         typer.Argument(
             metavar="MODEL...",
             help="Run folders, saved pipelines or Hub ids; RUN/baseline is plain FM, "
-            "RUN/flow a refined model before.",
+            "RUN/flow the unrefined model of a refined one.",
         ),
     ],
     data: Annotated[
@@ -28,56 +38,67 @@ def evaluate(
     validation: Annotated[
         str | None, typer.Option(help="Held-out real images; default: that split of --data, if there is one.")
     ] = None,
-    steps: Annotated[str, typer.Option(help="Solver steps of the flow, comma-separated.")] = "1,2,4,8",
+    steps: Annotated[
+        list[str] | None,
+        typer.Option(help="Solver steps of the flow, such as 1,2,4. Default: 1,2,4,8.", show_default=False),
+    ] = None,
     solver: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Solvers of the flow, comma-separated; a model without average velocity leaves mean out. "
-            "Default: midpoint, and mean where the model has it.",
+            help="Solvers of the flow; a model without average velocity leaves mean out. Default: midpoint, "
+            "and mean where the model has it.",
+            autocompletion=completed(SOLVERS),
             show_default=False,
         ),
     ] = None,
-    latent_solver: Annotated[
-        str | None,
-        typer.Option(
-            help="Solver of the latent sampler. Default: mean where it has an average velocity, else the "
-            "row's solver, or midpoint where that is mean.",
-            show_default=False,
-        ),
-    ] = None,
+    latent_solver: LatentSolver = None,
     latent_steps: LatentSteps = None,
+    guidance: Strengths = None,
+    latent_guidance: Strengths = None,
+    autoguidance: Strengths = None,
+    latent_autoguidance: Strengths = None,
     features: Annotated[
         list[str] | None,
         typer.Option(
-            help="Feature network: folder or Hub id of a transformers vision model, 'inception' (FID, KID) "
-            "or 'classifier' (a small one trained on the labels of --data). May be given again. Default: "
-            "CLIP ViT-L/14-336 (CMMD), or the classifier where that cannot be had.",
+            help="Feature network: folder or Hub id (id@revision) of a transformers vision model, "
+            "'inception' (FID, KID) or 'classifier' (a small one trained on the labels of --data). "
+            "Default: CLIP ViT-L/14-336 (CMMD), or the classifier where that is not available.",
             show_default=False,
         ),
     ] = None,
     num_images: Annotated[int, typer.Option("-n", "--num-images", help="Images of each row.")] = 1000,
     reference_images: Annotated[int, typer.Option(help="Most real images used.")] = 50_000,
+    prompts: Annotated[
+        bool,
+        typer.Option(help="Make a model that is told texts those of --data (columns text or caption)."),
+    ] = True,
     bootstrap: Annotated[int, typer.Option(help="Replicates behind the intervals; 0 for none.")] = 100,
     lpips: Annotated[bool, typer.Option("--lpips", help="LPIPS of reconstructions (package lpips).")] = False,
     classifier_steps: Annotated[int, typer.Option(help="Training steps of the classifier.")] = 400,
     output: Annotated[
-        Path, typer.Option(help="Folder of the report; an unfinished evaluation there goes on.")
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder of the report; an unfinished evaluation there is resumed."
+        ),
     ] = Path("evaluation"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another report there; rows that fit are kept.")
+    ] = False,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder of real images' features; default: ~/.cache/lediflow.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")] = 0,
+    seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Images at a time; the batch that is timed.")] = 64,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
+    dtype: Dtype = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
 ) -> None:
     """Measure models against real images, by solver and number of steps.
 
     Writes report.html (pictures inside), results.json, table.md, plots and grids. What was measured is kept:
-    the same command goes on where it was stopped, and measures only what is new. A model with classes makes
-    all of them in turn.
+    the same command resumes where it was stopped, and measures only what is new. A model with classes makes
+    all of them in turn; one that is told texts makes those of --data, image i's drawn by (seed, i).
 
     Examples:
 
@@ -87,36 +108,43 @@ def evaluate(
 
         lediflow evaluate runs/flowers runs/flowers/baseline --data flowers/ --solver mean,midpoint,heun3
     """
+    from accelerate import PartialState
+
+    from lediflow.devices import check_device, settle_precision
     from lediflow.evaluation.evaluate import evaluate as run
-    from lediflow.evaluation.evaluation_report import speed_table, verdicts
-    from lediflow.evaluation.ranks import is_first
-    from lediflow.evaluation.settings import Settings
+    from lediflow.evaluation.request import Settings
+    from lediflow.evaluation.tables import markdown_table, speed_table, verdicts
 
     settings = Settings(
         data=data,
         validation=validation,
         steps=_numbers(steps),
-        solvers=tuple(dict.fromkeys(name.strip() for name in (solver or "").split(",") if name.strip())),
+        solvers=tuple(dict.fromkeys(listed(solver))),
         latent_solver=latent_solver,
         latent_steps=latent_steps,
-        features=tuple(features or ()),
+        guidance=_strengths(guidance),
+        autoguidance=_strengths(autoguidance),
+        latent_guidance=_strengths(latent_guidance),
+        latent_autoguidance=_strengths(latent_autoguidance),
+        features=tuple(listed(features)),
         num_images=num_images,
         reference_images=reference_images,
         seed=seed,
         batch_size=batch_size,
-        dtype=dtype,
+        dtype=settle_precision(dtype, check_device(device)),
         bootstrap=bootstrap,
         lpips=lpips,
         classifier_steps=classifier_steps,
+        prompts=prompts,
     )
-    results = run(models, settings, output, cache=cache, device=device)
-    if not is_first():
+    results = run(models, settings, output, cache=cache, device=device, overwrite=overwrite)
+    if not PartialState().is_main_process:
         return
     if as_json:
         print(json.dumps(results))
         return
     headline = results["features"][0]["headline"]
-    print(f"\n{speed_table(results, headline)}\n")
+    print(f"\n{markdown_table(*speed_table(results, headline))}\n")
     for text in verdicts(results, headline):
         print(text)
     for note in results["notes"]:
@@ -124,10 +152,19 @@ def evaluate(
     print(f"\nreport: {output / 'report.html'}\nnumbers: {output / 'results.json'}, {output / 'table.md'}")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _strengths(texts: list[str] | None) -> tuple[float, ...]:
     from lediflow.errors import UserError
 
     try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
+        return tuple(dict.fromkeys(float(part) for part in listed(texts)))
     except ValueError:
-        raise UserError(f"--steps {text!r}: give whole numbers, comma-separated, as in 1,2,4,8") from None
+        raise UserError(f"guidance {','.join(texts or [])!r}: give numbers, as in 1,1.5,2") from None
+
+
+def _numbers(texts: list[str] | None) -> tuple[int, ...]:
+    from lediflow.errors import UserError
+
+    try:
+        return tuple(sorted({int(part) for part in listed(texts)})) or (1, 2, 4, 8)
+    except ValueError:
+        raise UserError(f"--steps {','.join(texts or [])!r}: give whole numbers, as in 1,2,4,8") from None

@@ -23,10 +23,10 @@ def presets(
     from lediflow.training.config import load_config, preset_names
 
     if as_json:
-        from lediflow.training.run import check_networks
+        from lediflow.training.builders import count_parameters
 
         names = [name] if name else preset_names()
-        print(json.dumps({n: _report(load_config(n), check_networks) for n in names}, indent=1))
+        print(json.dumps({n: _report(load_config(n), count_parameters) for n in names}, indent=1))
         return
     if name is not None:
         print(load_config(name).to_yaml(), end="")
@@ -42,12 +42,12 @@ def presets(
     Console().print(table)
 
 
-def _report(config, check_networks) -> dict:
-    counts = check_networks(config)
+def _report(config, count_parameters) -> dict:
+    counts = count_parameters(config)
     return {
         "description": config.description,
         "needs": config.needs,
         "measured": config.measured,
         "image_size": config.data.image_size,
-        "parameters": {name: counts[name] for name in config.training.stages},
+        "parameters": {name: counts[name] for name in config.training.stages if name in counts},
     }

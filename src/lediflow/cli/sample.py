@@ -3,88 +3,78 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lediflow.cli.options import Device
-
-GRID_IMAGES = 256
+from lediflow.cli.again import make_again
+from lediflow.cli.options import (
+    Autoguidance,
+    BatchSize,
+    Classes,
+    Clusters,
+    CodecFolder,
+    Compiled,
+    Device,
+    Dtype,
+    FlowSolver,
+    Guidance,
+    Json,
+    LatentAutoguidance,
+    LatentGuidance,
+    LatentSolver,
+    LatentSteps,
+    NumImages,
+    Overwrite,
+    Prompts,
+    Seed,
+    Steps,
+    listed,
+)
 
 
 def sample(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Run folder, saved pipeline folder, or Hub id.")
-    ],
-    num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many images.")] = 16,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Solver steps of the flow; default 1 with mean, else 2, or 8 for plain flow matching.",
-            show_default=False,
-        ),
-    ] = None,
-    latent_steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Solver steps of the latent sampler; default 1 with mean, else 4. LeDiFlow only.",
-            show_default=False,
-        ),
-    ] = None,
-    solver: Annotated[
         str | None,
-        typer.Option(
-            help="Of the flow: mean (one evaluation a step), euler, midpoint, heun2, heun3, rk4 or dopri5. "
-            "Default: mean where the model has an average velocity (stage meanflow or distill), else "
-            "midpoint.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="MODEL", help="Run folder, saved pipeline folder, or Hub id."),
     ] = None,
-    latent_solver: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the latent sampler. Default: mean where it has an average velocity (stage "
-            "sampler-meanflow), else that of the flow, or midpoint where that is mean. LeDiFlow only.",
-            show_default=False,
-        ),
-    ] = None,
-    classes: Annotated[
-        list[str] | None,
-        typer.Option("--class", help="Class by name or index; given again, images take them in turn."),
-    ] = None,
-    guidance: Annotated[
-        float, typer.Option(help="Classifier-free guidance of the flow; 1 for none, else twice the work.")
-    ] = 1.0,
-    latent_guidance: Annotated[
-        float | None, typer.Option(help="The same for the latent sampler; default 1. LeDiFlow only.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for 000000.png ... and grid.png.")] = Path("samples"),
-    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")] = 0,
-    first_image: Annotated[int, typer.Option(help="Index of the first image, to go on with a request.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or Hub id of the codec, if it is not where it was when the latents were made.",
-            show_default=False,
-        ),
-    ] = None,
+    num_images: NumImages = 16,
+    steps: Steps = None,
+    latent_steps: LatentSteps = None,
+    solver: FlowSolver = None,
+    latent_solver: LatentSolver = None,
+    classes: Classes = None,
+    cluster: Clusters = None,
+    prompt: Prompts = None,
+    guidance: Guidance = None,
+    latent_guidance: LatentGuidance = None,
+    autoguidance: Autoguidance = None,
+    latent_autoguidance: LatentAutoguidance = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for 000000.png ... and grid.png.")
+    ] = Path("samples"),
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    first_image: Annotated[int, typer.Option(help="Index of the first image, to extend a request.")] = 0,
+    batch_size: BatchSize = 64,
+    codec: CodecFolder = None,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto (autocast).")] = "fp32",
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile", help="Compile the model first: a minute or more, then faster. For many images."
-        ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    dtype: Dtype = "fp32",
+    compile: Compiled = False,
+    again: Annotated[
+        Path | None,
+        typer.Option(help="Make the image of this PNG again, bit for bit, also an edited one."),
+    ] = None,
+    model_now: Annotated[
+        str | None, typer.Option("--model", help="With --again: where its model is now, if it moved.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Make new images with a trained model.
 
-    A model refined to one evaluation (see `lediflow train`) takes one step by default; RUN/flow is the same
-    model before.
+    A model refined to one evaluation (see `lediflow train`) takes one step by default; RUN/flow is the
+    unrefined model. A request that was cut off resumes: images that are there are not made again.
 
     Examples:
 
@@ -94,105 +84,139 @@ def sample(
 
         lediflow sample runs/flowers/baseline -n 64 --steps 8 --output samples-fm
 
+        lediflow sample runs/emoji -n 16 --prompt "red heart" --prompt "sleepy cat"
+
         torchrun --nproc-per-node 8 -m lediflow sample runs/flowers -n 50000 --class tulips --guidance 1.5
+
+        lediflow sample --again samples/000007.png --output again
     """
-    import torch
+    if again is not None:
+        make_again(
+            again,
+            model or model_now,
+            output,
+            overwrite=overwrite,
+            codec=codec,
+            device=device,
+            as_json=as_json,
+        )
+        return
+
     from accelerate import PartialState
-    from accelerate.utils import gather_object
 
+    from lediflow.devices import DTYPES, check_device, settle_precision
     from lediflow.errors import UserError
-    from lediflow.evaluation.report import image_grid
-    from lediflow.evaluation.sampling import in_words, latent_words
-    from lediflow.files import written_whole
-    from lediflow.pipelines.base import load_pipeline, to_pil
-    from lediflow.precision import DTYPES, settle_precision
-    from lediflow.training.processes import batches_of_process, check_device
+    from lediflow.files import claim_folder
+    from lediflow.pipelines.load import load_pipeline
+    from lediflow.pipelines.recipes import Recipe
+    from lediflow.pipelines.save import batches_of_process, save_grid, save_images, saved_images
 
+    if model is None or model_now is not None:
+        raise UserError("name the model as `lediflow sample MODEL`; --model belongs to --again FILE.png")
     where = check_device(device)
-    dtype = settle_precision(dtype, where)
+    number_format = settle_precision(dtype, where)
     processes = PartialState(cpu=where.type == "cpu")
     pipeline = load_pipeline(model).to(where if processes.num_processes == 1 else processes.device)
     if codec is not None:
         pipeline.load_codec(codec)
+    told: dict[str, Any] = {
+        "class_labels": _class_labels(pipeline, classes),
+        "cluster": listed([cluster]) if cluster else None,
+        **({"prompt": prompt} if prompt else {}),
+    }
+    pipeline.check_request(num_images, batch_size=batch_size, **told)
+    request = {
+        "seed": seed,
+        **_settled(
+            pipeline,
+            model,
+            {"solver": solver, "steps": steps},
+            {"latent_solver": latent_solver, "latent_steps": latent_steps},
+            {"guidance": guidance, "autoguidance": autoguidance},
+            {"latent_guidance": latent_guidance, "latent_autoguidance": latent_autoguidance},
+            pipeline.labels_of([], **told).labels,
+        ),
+        **told,
+        "dtype": number_format,
+    }
+    batches = batches_of_process(num_images, batch_size, processes.process_index, processes.num_processes)
+    weights = pipeline.digest()
+    if processes.is_main_process:
+        claimed = {"weights": weights, **request}
+        claim_folder(output, claimed, saved_images, called="images", overwrite=overwrite)
+    processes.wait_for_everyone()
     if compile:
         pipeline.compile()
-    pipeline.set_progress_bar_config(disable=processes.num_processes > 1)
-    options = _options(
+    pipeline.set_progress_bar_config(disable=True)  # `save_images` shows the whole request
+    saved = save_images(
         pipeline,
-        model,
-        {"solver": solver, "steps": steps},
-        {"latent_solver": latent_solver, "latent_steps": latent_steps},
-        latent_guidance,
+        output,
+        batches,
+        silent=not processes.is_main_process,
+        first_image=first_image,
+        recipe=Recipe("sample", model, weights, request),
+        **{**request, "dtype": DTYPES[number_format]},
     )
-
-    shown, nfe, seconds = [], {}, 0.0
-    try:
-        for part in batches_of_process(
-            num_images, batch_size, processes.process_index, processes.num_processes
-        ):
-            began = time.perf_counter()
-            out = pipeline(
-                len(part),
-                class_labels=classes,
-                guidance=guidance,
-                seed=seed,
-                first_image=first_image + part.start,
-                batch_size=batch_size,
-                dtype=DTYPES[dtype],
-                output_type="pt",
-                **options,
-            )
-            seconds += time.perf_counter() - began
-            nfe = out.nfe
-            for i, image, pil in zip(part, out.images, to_pil(out.images), strict=True):
-                if i < GRID_IMAGES:
-                    shown.append((i, image.cpu()))
-                with written_whole(output / f"{first_image + i:06d}.png") as path:
-                    pil.save(path)
-        if processes.num_processes > 1:
-            shown = sorted(gather_object(shown), key=lambda pair: pair[0])
-        if not processes.is_main_process:
-            return
-        images = torch.stack([image for _, image in shown])
-        with written_whole(output / "grid.png") as path:
-            image_grid(images, scale=max(1, 64 // images.shape[-1])).save(path)
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error}") from None
-
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return
+    shown = save_grid(output, range(first_image, first_image + num_images))
     report = {
         "model": str(model),
         "images": num_images,
         "output": str(output),
-        **options,
-        "nfe": nfe,
-        "ms_per_image": round(1000 * seconds / num_images, 3),
+        **request,
+        "nfe": saved.nfe,
+        "found": saved.found,
+        "ms_per_image": round(1000 * saved.seconds / saved.made, 3) if saved.made else None,
     }
-    if as_json:
-        print(json.dumps(report))
-    else:
-        evaluations = ", ".join(f"{name} {n}" for name, n in nfe.items())
-        print(f"{num_images} images in {output}; grid.png shows the first {len(images)} together")
-        latent = f", latent sampler {words}" if (words := latent_words(options)) else ""
-        print(f"flow {in_words(options['solver'], options['steps'])}{latent}")
-        print(f"network evaluations: {evaluations}")
-        print(f"{report['ms_per_image']} ms per image, the first batch's warm-up included")
+    print(json.dumps(report) if as_json else _text(report, shown))
 
 
-def _options(
+def _settled(
     pipeline: Any,
     model: str,
     flow: dict[str, Any],
     latent: dict[str, Any],
-    latent_guidance: float | None,
+    guidance: dict[str, float | None],
+    latent_guidance: dict[str, float | None],
+    labels: list[str],
 ) -> dict[str, Any]:
-    """Settle solvers and steps; refuse what only a latent sampler has, where there is none."""
+    """Settle solvers, steps and guidance; refuse what only a latent sampler has, where there is none."""
     from lediflow.errors import UserError
 
     if hasattr(pipeline, "sampler"):
-        guidance = {} if latent_guidance is None else {"latent_guidance": latent_guidance}
-        return pipeline.settle(**flow, **latent) | guidance
-    for name, value in (latent | {"latent_guidance": latent_guidance}).items():
+        strengths = pipeline.settle_strengths(labels=labels, **guidance, **latent_guidance)
+        return pipeline.settle(**flow, **latent) | strengths
+    for name, value in (latent | latent_guidance).items():
         if value is not None:
             option = name.replace("_", "-")
             raise UserError(f"{model} is plain flow matching: it has no latent sampler, leave --{option} out")
-    return pipeline.settle(**flow)
+    return pipeline.settle(**flow) | pipeline.settle_strengths(labels=labels, **guidance)
+
+
+def _class_labels(pipeline: Any, classes: list[str] | None) -> list[str] | None:
+    """Return the classes that were asked for; a name may itself have a comma."""
+    if not classes:
+        return None
+    known = pipeline.class_names
+    return [name for given in classes for name in ([given] if given in known else listed([given]))]
+
+
+def _text(report: dict[str, Any], shown: int) -> str:
+    from lediflow.ode import in_words
+
+    where = f"{report['images']} images in {report['output']}; grid.png shows the first {shown} together"
+    if report["ms_per_image"] is None:
+        return f"{where}\nall of them were there already"
+    latent = ""
+    if "latent_solver" in report:
+        latent = f", latent sampler {in_words(report['latent_solver'], report['latent_steps'])}"
+    evaluations = ", ".join(f"{name} {n}" for name, n in report["nfe"].items())
+    found = f"; {report['found']} were there already" if report["found"] else ""
+    return (
+        f"{where}{found}\n"
+        f"flow {in_words(report['solver'], report['steps'])}{latent}\n"
+        f"network evaluations: {evaluations}\n"
+        f"{report['ms_per_image']} ms per image, the first batch's warm-up included"
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lediflow.cli.options import Device, Set
+from lediflow.cli.options import Device, Json, Set, completed, listed
+from lediflow.training.stages import STAGES
 
 
 def train(
@@ -21,57 +23,83 @@ def train(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Run folder; default runs/NAME. An unfinished run there goes on.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Run folder; default runs/NAME. An unfinished run there resumes."
+        ),
     ] = None,
     stage: Annotated[
         list[str] | None,
         typer.Option(
-            help="auxiliary, flow, sampler, baseline, meanflow, sampler-meanflow, baseline-meanflow or "
-            "distill; may be given again. Default: those of training.stages in the config.",
+            help="; ".join(f"{spec.name}: {spec.learns}" for spec in STAGES.values())
+            + ". May be given again. Default: those of training.stages in the config.",
             show_default=False,
+            autocompletion=completed(STAGES),
         ),
     ] = None,
     settings: Set = None,
     resume: Annotated[
-        bool, typer.Option(help="Go on from the last checkpoints, or move them aside and start again.")
+        bool, typer.Option(help="Resume from the last checkpoints, or move them aside and start again.")
     ] = True,
     seed: Annotated[int | None, typer.Option(help="Same as --set training.seed=...")] = None,
     device: Device = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Write nothing: open the data, time a few steps of each stage, tell the rest."
+        ),
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Train the stages of LeDiFlow, and plain flow matching as the baseline.
+    """Train an image generator on a folder of pictures.
 
-    The stages meanflow, sampler-meanflow and baseline-meanflow refine a trained flow, sampler or baseline to
-    one evaluation; distill does it for the flow by learning where it ends.
+    By default that is the learned prior, the flow, the latent sampler, and the two stages that refine them to
+    one evaluation each. `--stage baseline` trains plain flow matching to compare with.
 
-    Ctrl-C saves and leaves; the same command goes on where it stopped. On many GPUs start it with
+    Ctrl-C saves and leaves; the same command resumes. On many GPUs start it with
     `torchrun --nproc-per-node 8 -m lediflow train ...` or `accelerate launch -m lediflow train ...`.
 
     Examples:
 
-        lediflow train flowers-64 --data photos/ --output runs/f
+        lediflow train flowers-64 --data photos/ --output runs/flowers
 
-        lediflow train flowers-64 --data photos/ --output runs/f --stage meanflow --stage sampler-meanflow
+        lediflow train flowers-64 --data photos/ --dry-run
+
+        lediflow train flowers-64 --data photos/ --output runs/flowers --stage baseline
 
         lediflow train faces-32 --data "faces/*.parquet" --stage auxiliary --set training.auxiliary.beta=0.5
     """
+    from lediflow.evaluation.strengths import find_strengths
+    from lediflow.training.card import run_report, summary
     from lediflow.training.config import load_config
     from lediflow.training.processes import is_main_process
-    from lediflow.training.run import summary
     from lediflow.training.run import train as train_run
     from lediflow.training.trainer import Interrupted
 
-    overrides = list(settings or [])
-    if data is not None:
-        overrides.append(f"data.train={data!r}")
-    if seed is not None:
-        overrides.append(f"training.seed={seed}")
     run = output or Path("runs") / Path(config).stem
-    settled = load_config(config, overrides)
+    settled = load_config(config, settings, values={"data.train": data, "training.seed": seed})
+    if dry_run:
+        print(_rehearsed(settled, listed(stage) or None, device, as_json))
+        return
     try:
-        train_run(settled, run, stages=stage or None, device=device, resume=resume)
+        train_run(settled, run, stages=listed(stage) or None, device=device, resume=resume)
     except Interrupted as stop:
         if is_main_process():
-            print(f"{stop}; the same command goes on from there", file=sys.stderr)
+            print(f"{stop}; the same command resumes", file=sys.stderr)
         raise typer.Exit(130) from None
     if is_main_process():
-        print(summary(run, settled))
+        find_strengths(run, device)
+        report = run_report(run, settled)
+        print(json.dumps(report) if as_json else summary(report))
+
+
+def _rehearsed(config: Any, stages: list[str] | None, device: str | None, as_json: bool) -> str:
+    from dataclasses import asdict
+
+    from lediflow.training.rehearsal import rehearse, report_text
+
+    report = rehearse(config, stages, device)
+    if not as_json:
+        return report_text(report)
+    estimates = [asdict(e) | {"seconds": round(e.seconds, 1)} for e in report["stages"]]
+    return json.dumps({**report, "stages": estimates})

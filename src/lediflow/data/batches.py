@@ -1,6 +1,6 @@
 """Batches in an order that depends on the seed and the step alone, on any number of ranks.
 
-What the stages train on is a `TrainingData`: pictures (images.py), a codec's latents (latents.py), or a
+What the stages train on is a `TrainingData`: pictures (images.py), codec latents (codec_latents.py), or a
 stream of pictures (streams.py).
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from lediflow.errors import UserError
+from lediflow.pictures import to_float
 
 
 class TrainingData(ABC):
@@ -29,8 +30,12 @@ class TrainingData(ABC):
         flip: whether half of the items are mirrored.
         class_names: names of the classes, empty without classes.
         num_classes: how many, 0 without classes.
+        commit: hash of the commit that a Hub data set was read at; "" for others.
+        texts: what each item shows, by its index; empty where no texts were asked for.
     """
 
+    commit: str = ""
+    texts: Sequence[str] = ()
     cached: bool
     flip: bool
     class_names: list[str]
@@ -100,7 +105,7 @@ def batches(
         data: what to serve.
         batch_size: items in a step's batch on all ranks together, B.
         seed: decides order, crops, flips and the noise of a codec's latents.
-        start: first step; training that goes on from step k passes k and sees what it would have seen.
+        start: first step; training that resumes at step k passes k and sees what it would have seen.
         stop: the step after the last.
         workers: loading processes of this rank; 0 loads in this one. The batches are the same (those of a
             stream depend on the number).
@@ -249,13 +254,3 @@ class _Loading(TorchDataset):
             return self._load(item)
         except UserError as error:
             return Refusal(str(error))
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Bring uint8 values 0 to 255, of any shape, to float32 in [-1, 1]."""
-    return images.to(torch.float32) / 127.5 - 1.0
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Bring float values in [-1, 1], of any shape, to uint8 by rounding; values beyond are cut off."""
-    return ((images.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,39 +1,56 @@
 """One stored picture -> a square uint8 array.
 
-PIL decodes and resamples. What is decided here is what a picture becomes on the way: turned upright, laid
-on white where it is transparent, brought to 8 bits, cropped to a square.
+PIL decodes and resamples. What is decided here is what a picture becomes on the way: laid on white where it
+is transparent, brought to 8 bits, turned upright, cropped to a square. A large picture is worked on tile by
+tile, so that beside its decoded pixels there is never a second copy of all of them.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from lediflow.data.opening import (
+    NOWHERE,
+    BrokenImage,
+    BrokenImageError,
+    Home,
+    load_bounded,
+    opened,
+)
+
+__all__ = [
+    "BrokenImage",
+    "BrokenImageError",
+    "Crop",
+    "decode",
+    "describe_picture",
+    "eight_bit",
+    "fit_square",
+    "read_picture",
+    "short_side",
+]
 
 Crop = Literal["center", "random"]
 
 # PIL first shrinks by whole factors down to this many times the wanted size, then filters. Above 3 the
 # difference from filtering every source pixel cannot be seen, and a large photo costs far less.
 _REDUCING_GAP = 3.0
-
-
-class BrokenImageError(ValueError):
-    """A picture cannot be read; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class BrokenImage:
-    """A picture that was left out: its file name (or row), and why it could not be read."""
-
-    name: str
-    reason: str
+_TILE = 1024  # pixels along a side of what is converted at a time
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(
@@ -43,6 +60,7 @@ def decode(
     channels: Literal[1, 3],
     crop: Crop = "center",
     key: int | None = None,
+    home: Home = NOWHERE,
 ) -> np.ndarray:
     """Decode one picture to a square.
 
@@ -53,63 +71,79 @@ def decode(
         channels: 1 for grey, 3 for RGB.
         crop: the largest square in the middle of the picture, or one whose place ``key`` decides.
         key: seed of the random crop; needed for ``crop="random"``.
+        home: where a path may lead; by default no path is followed.
 
     Returns:
         uint8 array of shape (channels, S, S).
 
     Raises:
-        BrokenImageError: the picture is missing, truncated, too large for PIL's limit, or not a picture.
+        BrokenImageError: the picture is missing, truncated, too large to decode, not the dataset's own, or
+            not a picture.
         ValueError: a random crop without a key.
     """
-    picture = read_picture(record, channels=channels, image_size=image_size)
+    picture = read_picture(record, channels=channels, image_size=image_size, home=home)
     return fit_square(picture, image_size, crop=crop, key=key)
 
 
-def short_side(record: Mapping[str, Any] | None) -> int:
+def short_side(record: Mapping[str, Any] | None, home: Home = NOWHERE) -> int:
     """Return the shorter side of a picture in pixels, from the file's header alone.
 
     Raises:
         BrokenImageError: the header cannot be read.
     """
-    with _opened(record) as picture:
+    with opened(record, home) as (picture, _):
         return min(picture.size)
 
 
-def describe_picture(record: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Decode a picture whole and return its stored ``bytes`` (how many), ``format``, ``mode`` and ``size``.
+def describe_picture(record: Mapping[str, Any] | None, home: Home = NOWHERE) -> dict[str, Any]:
+    """Decode all of a picture and return its stored ``bytes`` (how many), ``format``, ``mode`` and ``size``.
 
     Raises:
         BrokenImageError: the picture cannot be read.
     """
-    with _opened(record) as picture:
-        picture.load()
-        data = (record or {}).get("bytes")
-        stored = len(data) if data is not None else os.path.getsize((record or {})["path"])
-        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's orientation: a quarter turn
-        size = picture.size[::-1] if turned else picture.size
-        return {"bytes": stored, "format": picture.format, "mode": picture.mode, "size": size}
+    with opened(record, home) as (picture, stored):
+        size = picture.size
+        picture.draft(None, (1, 1))  # a JPEG as small as can be; all of the file is read all the same
+        load_bounded(picture, size)
+        turned = picture.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)  # a quarter turn
+        return {
+            "bytes": stored,
+            "format": picture.format,
+            "mode": picture.mode,
+            "size": size[::-1] if turned else size,
+        }
 
 
 def read_picture(
-    record: Mapping[str, Any] | None, *, channels: Literal[1, 3], image_size: int
+    record: Mapping[str, Any] | None,
+    *,
+    channels: Literal[1, 3],
+    image_size: int,
+    home: Home = NOWHERE,
 ) -> Image.Image:
     """Read one picture, upright, as an 8-bit PIL image of mode ``L`` or ``RGB``.
 
-    A large JPEG may come back smaller than it is stored, but never with a side under ``image_size`` that
-    was not so in the file. Only the first frame of an animation is read.
+    A large picture comes back smaller than it is stored, but never with a side under ``image_size`` that was
+    not so in the file. Only the first frame of an animation is read.
 
     Args:
         record: as for :func:`decode`.
         channels: 1 for ``L``, 3 for ``RGB``.
         image_size: the size that will be asked of :func:`fit_square`.
+        home: as for :func:`decode`.
 
     Raises:
         BrokenImageError: the picture cannot be read.
     """
-    with _opened(record) as picture:
-        enough = int(_REDUCING_GAP * image_size)
-        picture.draft(None, (enough, enough))
-        return _eight_bit(ImageOps.exif_transpose(picture), channels)
+    with opened(record, home) as (picture, _):
+        stored, enough = picture.size, int(_REDUCING_GAP * image_size)
+        picture.draft(None, (enough, enough))  # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size
+        factor = max(1, int(min(picture.size) / image_size / _REDUCING_GAP))
+        # beside the pixels there will be the result, and the same again while it is turned
+        load_bounded(picture, stored, beside=-(-8 // factor**2))
+        turn = _UPRIGHT.get(picture.getexif().get(_EXIF_ORIENTATION, 1))
+        small = _shrunk(picture, factor, channels)
+    return small if turn is None else small.transpose(turn)
 
 
 def fit_square(
@@ -153,46 +187,64 @@ def fit_square(
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-@contextmanager
-def _opened(record: Mapping[str, Any] | None) -> Iterator[Image.Image]:
-    """Open a picture; whatever goes wrong inside the ``with`` block becomes a BrokenImageError."""
-    data = record.get("bytes") if record else None
-    path = record.get("path") if record else None
-    if data is None and not path:
-        raise BrokenImageError("no picture in this row")
-    if data is not None and len(data) == 0:
-        raise BrokenImageError("the file is empty")
-    try:
-        with Image.open(io.BytesIO(data) if data is not None else str(path)) as picture:
-            yield picture
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        # PIL's own text holds the address of a buffer, which differs from run to run.
-        raise BrokenImageError("not a picture") from error
-    except Exception as error:
-        # On damaged files PIL's readers raise OSError, SyntaxError, struct.error, zlib.error, IndexError
-        # and others; there is no common class to name.
-        raise BrokenImageError(str(error) or type(error).__name__) from error
+def eight_bit(picture: Image.Image, channels: Literal[1, 3]) -> Image.Image:
+    """Bring a decoded picture of any mode to 8-bit L or RGB, laid on white where it is transparent."""
+    return _shrunk(picture, 1, channels)
 
 
-def _eight_bit(picture: Image.Image, channels: Literal[1, 3]) -> Image.Image:
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        picture = _rescaled(picture)
+def _shrunk(picture: Image.Image, factor: int, channels: Literal[1, 3]) -> Image.Image:
+    """Bring a picture to 8-bit L or RGB; a large one tile by tile, each side divided by `factor`.
+
+    What is left over in that division is cut off at both ends, less than a third of a pixel of the result.
+    """
+    white = _white(picture)
+    if max(picture.size) <= _TILE:  # `fit_square` does the rest, exactly
+        return _eight_bit(picture, channels, white)
+    width, height = (side // factor for side in picture.size)
+    corner = (picture.width % factor // 2, picture.height % factor // 2)
+    whole = (*corner, corner[0] + width * factor, corner[1] + height * factor)
+    small = Image.new("L" if channels == 1 else "RGB", (width, height))
+    for left, top, tile in _tiles(picture, whole, max(1, _TILE // factor) * factor):
+        done = _eight_bit(tile, channels, white)
+        place = ((left - corner[0]) // factor, (top - corner[1]) // factor)
+        small.paste(done if factor == 1 else done.reduce(factor), place)
+    return small
+
+
+def _tiles(
+    picture: Image.Image, box: tuple[int, int, int, int], step: int
+) -> Iterator[tuple[int, int, Image.Image]]:
+    """Yield left, top and contents of the squares of side `step` that a box of a picture is made of."""
+    first, upper, last, lower = box
+    for top in range(upper, lower, step):
+        for left in range(first, last, step):
+            yield left, top, picture.crop((left, top, min(left + step, last), min(top + step, lower)))
+
+
+def _eight_bit(picture: Image.Image, channels: Literal[1, 3], white: float | None) -> Image.Image:
+    if white is not None:
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+        picture = Image.fromarray(np.rint(values.clip(0.0, white) * (255.0 / white)).astype(np.uint8))
     if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
     if picture.mode not in ("1", "L"):
         # PIL has no direct way from LAB to grey, but it has one to RGB from every mode.
         picture = picture.convert("RGB")
     return picture.convert("L" if channels == 1 else "RGB")
 
 
-def _rescaled(picture: Image.Image) -> Image.Image:
-    """Bring 16-bit, 32-bit and float grey to mode L; PIL's own conversion cuts everything off at 255."""
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+def _white(picture: Image.Image) -> float | None:
+    """Return what is white in 16-bit, 32-bit and float grey; None for other modes.
+
+    PIL's own conversion cuts everything off at 255.
+    """
+    if picture.mode != "F" and not picture.mode.startswith("I"):
+        return None
     # 16 bits have a white of 65,535 and float pictures usually one of 1.0. Values beyond that follow no
     # convention, so the brightest pixel stands for white.
-    usual = 1.0 if picture.mode == "F" else 65535.0
-    white = max(usual, float(values.max()))
-    return Image.fromarray(np.rint(values.clip(0.0) * (255.0 / white)).astype(np.uint8))
+    white = 1.0 if picture.mode == "F" else 65535.0
+    if picture.mode.startswith("I;16"):
+        return white
+    tiles = _tiles(picture, (0, 0, *picture.size), _TILE)
+    return max(white, *(float(np.nan_to_num(np.asarray(tile)).max()) for _, _, tile in tiles))

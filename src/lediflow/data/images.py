@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lediflow.data.batches import MapData, StepSampler, batches, draw, loaded, to_float, to_uint8
+from lediflow.data.batches import MapData, StepSampler, batches, draw, loaded
 from lediflow.data.decode import (
     BrokenImage,
     BrokenImageError,
@@ -24,8 +25,11 @@ from lediflow.data.decode import (
     read_picture,
     short_side,
 )
-from lediflow.data.listing import open_dataset
+from lediflow.data.listing import open_dataset, open_with_home
+from lediflow.data.opening import picture_name
 from lediflow.errors import UserError
+from lediflow.files import quoted
+from lediflow.pictures import to_float, to_uint8
 
 if TYPE_CHECKING:
     import datasets
@@ -43,6 +47,7 @@ __all__ = [
 ]
 
 _BROKEN, _SMALL = 1, 2
+OF_CLASSES = ("label",)  # columns of texts: the names of the classes
 
 
 class ImageData(MapData):
@@ -74,6 +79,7 @@ class ImageData(MapData):
         flip: bool = False,
         max_broken: float = 0.5,
         cache_gb: float = 1.0,
+        texts: Sequence[str] = (),
     ) -> None:
         """Open DATASET and decode it, if it fits.
 
@@ -86,6 +92,8 @@ class ImageData(MapData):
             flip: mirror half of the pictures left to right.
             max_broken: the largest share of broken pictures to put up with, 0 to 1.
             cache_gb: gigabytes (10^9 bytes) that the decoded set may take; 0 decodes when asked.
+            texts: names that the column of texts may have, which is then read; ("label",) for the names of
+                the classes; empty for no texts.
 
         Raises:
             UserError: an impossible setting, no pictures, or too many broken ones.
@@ -99,12 +107,16 @@ class ImageData(MapData):
         if not 0 <= max_broken <= 1:
             raise UserError(f"max_broken is a share between 0 and 1, not {max_broken}")
         self.image_size, self.channels, self.crop, self.flip = image_size, channels, crop, flip
-        self._name, self._max_broken = dataset, max_broken
-        self._rows = open_dataset(dataset, split)
+        self._name, self._max_broken = quoted(dataset), max_broken
+        self._rows, self._home = open_with_home(
+            dataset, split, texts=() if tuple(texts) == OF_CLASSES else texts
+        )
+        self.commit = self._home.commit
         if len(self._rows) == 0:
-            raise UserError(f"{dataset!r} holds no images; add some")
+            raise UserError(f"{self._name} holds no images; add some")
         self._labels, self.class_names = _labels_of(self._rows, dataset)
         self.num_classes = len(self.class_names)
+        self.texts = self._texts(texts)
         # Shared memory, so that what a loading process finds is known in all of them.
         self._flags = torch.zeros(len(self._rows), dtype=torch.uint8).share_memory_()
         self._images: Tensor | None = None
@@ -123,7 +135,7 @@ class ImageData(MapData):
         """
         if self._images is None:
             raise UserError(
-                f"{self._name!r} is not held in memory; use a centre crop and a larger cache_gb, or batches"
+                f"{self._name} is not held in memory; use a centre crop and a larger cache_gb, or batches"
             )
         return self._images
 
@@ -146,6 +158,13 @@ class ImageData(MapData):
     def num_small(self) -> int:
         """How many pictures smaller than ``image_size`` were found so far."""
         return int((self._flags == _SMALL).sum())
+
+    def _texts(self, columns: Sequence[str]) -> list[str]:
+        if tuple(columns) == OF_CLASSES:
+            if not self.class_names:
+                raise UserError(f"text.column is label, but {self._name} has no classes; name another column")
+            return [self.class_names[label] for label in self._labels.tolist()]
+        return [text or "" for text in self._rows["text"][:]] if columns else []
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -209,15 +228,19 @@ class ImageData(MapData):
     def _readable_of(self, rows: range) -> tuple[Tensor, Tensor]:
         if self._images is not None:
             return self._images[rows.start : rows.stop], torch.arange(rows.start, rows.stop)
-        records = self._rows[rows.start : rows.stop]["image"]
-        decoded = {row: self._decode(row, record) for row, record in zip(rows, records, strict=True)}
+        decoded = {row: self._decode(row) for row in rows}
         good = {row: torch.from_numpy(pixels) for row, pixels in decoded.items() if pixels is not None}
         return torch.stack(list(good.values())) if good else torch.empty(0), torch.tensor(list(good))
 
-    def _decode(self, row: int, record: Any, crop_key: int | None = None) -> np.ndarray | None:
+    def _read(self, row: int) -> Image.Image:
+        return read_picture(
+            self._rows[row]["image"], channels=self.channels, image_size=self.image_size, home=self._home
+        )
+
+    def _decode(self, row: int, crop_key: int | None = None) -> np.ndarray | None:
         """Decode one row to uint8 (C, S, S) and flag it; None if it is broken."""
         try:
-            picture = read_picture(record, channels=self.channels, image_size=self.image_size)
+            picture = self._read(row)
         except BrokenImageError:
             self._flags[row] = _BROKEN
             return None
@@ -229,19 +252,20 @@ class ImageData(MapData):
     def _decode_all(self) -> None:
         total, size = len(self._rows), self.image_size
         images = torch.empty((total, self.channels, size, size), dtype=torch.uint8)
-        # PIL lets other threads run while it decodes. A block at a time, or the stored bytes of the whole
-        # set would be in memory at once.
+        # PIL lets other threads run while it decodes. Each reads its own row, so that no more pictures are in
+        # memory than there are threads; a block of rows at a time, for results wait until they are fetched.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, total, 256):
                 rows = range(start, min(start + 256, total))
-                records = self._rows[start : rows.stop]["image"]
-                for row, pixels in zip(rows, pool.map(self._decode, rows, records), strict=True):
+                for row, pixels in zip(rows, pool.map(self._decode, rows), strict=True):
                     if pixels is not None:
                         images[row] = torch.from_numpy(pixels)
         self._report(total)
         good = self._flags != _BROKEN
         if not bool(good.all()):
             images, self._labels = images[good], self._labels[good]
+            if self.texts:
+                self.texts = [self.texts[row] for row in good.nonzero()[:, 0].tolist()]
         self._images = images
 
     def _look_at_some(self) -> None:
@@ -249,7 +273,7 @@ class ImageData(MapData):
         rows = np.unique(np.linspace(0, len(self._rows) - 1, num=min(1000, len(self._rows)), dtype=np.int64))
         for row in rows.tolist():
             try:
-                if short_side(self._rows[row]["image"]) < self.image_size:
+                if short_side(self._rows[row]["image"], self._home) < self.image_size:
                     self._flags[row] = _SMALL
             except BrokenImageError:
                 self._flags[row] = _BROKEN
@@ -259,14 +283,14 @@ class ImageData(MapData):
         small = self.num_small
         if small:
             warnings.warn(
-                f"{small:,} of {seen:,} images in {self._name!r} are smaller than {self.image_size} pixels "
+                f"{small:,} of {seen:,} images in {self._name} are smaller than {self.image_size} pixels "
                 "and are enlarged",
                 stacklevel=4,
             )
         count = self._refuse_if_hopeless(seen)
         if count:
             warnings.warn(
-                f"{count:,} of {seen:,} images in {self._name!r} cannot be read and are left out: "
+                f"{count:,} of {seen:,} images in {self._name} cannot be read and are left out: "
                 f"{self._first_broken(3)}",
                 stacklevel=4,
             )
@@ -275,7 +299,7 @@ class ImageData(MapData):
         count = int((self._flags == _BROKEN).sum())
         if count and (count >= seen or count > self._max_broken * seen):
             raise UserError(
-                f"{count:,} of {seen:,} images in {self._name!r} cannot be read: {self._first_broken(5)}; "
+                f"{count:,} of {seen:,} images in {self._name} cannot be read: {self._first_broken(5)}; "
                 "mend or remove them"
             )
         return count
@@ -288,10 +312,9 @@ class ImageData(MapData):
 
     def _broken_image(self, row: int) -> BrokenImage:
         # Read again for the reason: it may have been another process that found the picture broken.
-        record = self._rows[row]["image"]
-        name = (record or {}).get("path") or f"row {row}"
+        name = picture_name(self._rows[row]["image"], row)
         try:
-            read_picture(record, channels=self.channels, image_size=self.image_size)
+            self._read(row)
         except BrokenImageError as error:
             return BrokenImage(name, str(error))
         return BrokenImage(name, "could not be read at first")
@@ -301,16 +324,16 @@ class ImageData(MapData):
         for row in chain(range(index, len(self)), range(index)):
             if self._flags[row] == _BROKEN:
                 continue
-            pixels = self._decode(row, self._rows[row]["image"], crop_key)
+            pixels = self._decode(row, crop_key)
             if pixels is not None:
                 return row, pixels
             if self._refuse_if_hopeless(len(self)) == 1:
                 warnings.warn(
-                    f"an image in {self._name!r} cannot be read, and the next one stands in for it: "
+                    f"an image in {self._name} cannot be read, and the next one stands in for it: "
                     f"{self._first_broken(1)}; later ones are only counted, in ImageData.broken",
                     stacklevel=3,
                 )
-        raise UserError(f"none of the {len(self):,} images in {self._name!r} can be read")
+        raise UserError(f"none of the {len(self):,} images in {self._name} can be read")
 
 
 def _labels_of(rows: datasets.Dataset, dataset: str) -> tuple[Tensor, list[str]]:
@@ -318,6 +341,6 @@ def _labels_of(rows: datasets.Dataset, dataset: str) -> tuple[Tensor, list[str]]
         return torch.zeros(len(rows), dtype=torch.int64), []
     labels = rows["label"][:]
     if any(label is None or label < 0 for label in labels):
-        raise UserError(f"some labels in {dataset!r} are missing or negative; remove those rows")
+        raise UserError(f"some labels in {quoted(dataset)} are missing or negative; remove those rows")
     names = getattr(rows.features["label"], "names", None)
     return torch.tensor(labels, dtype=torch.int64), names or [str(i) for i in range(max(labels) + 1)]

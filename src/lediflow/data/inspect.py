@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,8 +12,10 @@ from PIL import Image, ImageDraw
 
 from lediflow.data.batches import loaded
 from lediflow.data.decode import BrokenImageError, decode, describe_picture
-from lediflow.data.listing import open_dataset
+from lediflow.data.listing import open_with_home
+from lediflow.data.opening import Home, picture_name
 from lediflow.errors import UserError
+from lediflow.files import quoted, shown
 
 _ROWS = 64  # looked at together
 _SHEET = (8, 8)  # columns and rows of the contact sheet
@@ -24,7 +27,7 @@ class Report:
     """What was found. Counts are of pictures.
 
     Attributes:
-        dataset: as it was given.
+        dataset: as it was given; names are fit to be printed, here and below.
         split: as it was given.
         images: all of them, broken ones too.
         bytes: of the readable ones, as stored.
@@ -67,23 +70,31 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def inspect_dataset(dataset: str, split: str = "train", *, workers: int = 0) -> Report:
+def inspect_dataset(
+    dataset: str,
+    split: str = "train",
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
     """Decode every picture of DATASET and report what was found.
 
     Args:
         dataset: as for `open_dataset`.
         split: of the dataset.
         workers: processes that decode; 0 decodes in this one.
+        progress: called with the numbers of images done and to do.
 
     Raises:
         UserError: nothing there, no pictures in it, or no such split.
     """
-    rows: Any = open_dataset(dataset, split)
+    rows, home = open_with_home(dataset, split)
     parts = [range(i, min(i + _ROWS, len(rows))) for i in range(0, len(rows), _ROWS)]
-    report = Report(dataset, split, len(rows))
+    report = Report(shown(dataset), split, len(rows))
     counts = {name: Counter[str]() for name in ("format", "mode", "size")}
     sides, good = [], []
-    for part in loaded(_Look(rows), parts, workers):
+    for rows_of_part, part in zip(parts, loaded(_Look(rows, home), parts, workers), strict=True):
+        progress(rows_of_part.stop, len(rows))
         for row, found in part:
             if isinstance(found, tuple):
                 report.broken.append(found)
@@ -108,19 +119,19 @@ def contact_sheet(dataset: str, split: str = "train") -> Image.Image:
     Raises:
         UserError: as `inspect_dataset`, or no picture can be read.
     """
-    rows: Any = open_dataset(dataset, split)
+    rows, home = open_with_home(dataset, split)
     columns, lines = _SHEET
     labelled = "label" in rows.column_names
     cell = _THUMB + (14 if labelled else 2)
     thumbs = []
     for row in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), columns * lines), dtype=int)).tolist():
         try:
-            pixels = decode(rows[row]["image"], image_size=_THUMB, channels=3)
+            pixels = decode(rows[row]["image"], image_size=_THUMB, channels=3, home=home)
         except BrokenImageError:
             continue
         thumbs.append((Image.fromarray(pixels.transpose(1, 2, 0)), _name(rows, rows[row].get("label"))))
     if not thumbs:
-        raise UserError(f"none of the images looked at in {dataset!r} can be read")
+        raise UserError(f"none of the images looked at in {quoted(dataset)} can be read")
     height = -(-len(thumbs) // columns) * cell
     sheet = Image.new("RGB", (min(len(thumbs), columns) * (_THUMB + 2), height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -135,18 +146,18 @@ def contact_sheet(dataset: str, split: str = "train") -> Image.Image:
 class _Look:
     """Decode rows and describe them; an object, so that worker processes can be handed it."""
 
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
+    def __init__(self, rows: Any, home: Home) -> None:
+        self.rows, self.home = rows, home
 
     def __call__(self, part: range) -> list[tuple[int, Any]]:
-        records = self.rows[part.start : part.stop]["image"]
-        return [(row, self._found(row, record)) for row, record in zip(part, records, strict=True)]
+        # a row at a time: the stored bytes of many large pictures would not fit in memory
+        return [(row, self._found(row, self.rows[row]["image"])) for row in part]
 
     def _found(self, row: int, record: Any) -> Any:
         try:
-            return describe_picture(record)
+            return describe_picture(record, self.home)
         except BrokenImageError as error:
-            return (record or {}).get("path") or f"row {row}", str(error)
+            return picture_name(record, row), str(error)
 
 
 def _classes(rows: Any, good: list[int]) -> dict[str, int]:
@@ -161,7 +172,7 @@ def _classes(rows: Any, good: list[int]) -> dict[str, int]:
 
 def _name(rows: Any, label: int | None) -> str:
     names = getattr(rows.features.get("label"), "names", None)
-    return names[label] if names and label is not None and 0 <= label < len(names) else str(label)
+    return shown(names[label]) if names and label is not None and 0 <= label < len(names) else str(label)
 
 
 def _counts(counts: dict[str, int], most: int = 6) -> str:

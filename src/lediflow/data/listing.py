@@ -9,26 +9,33 @@ import glob
 import io
 import os
 import re
-import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from lediflow.data.folders import (
+    SPLIT_NAMES,
+    joined,
+    no_split,
+    no_texts,
+    picture_rows,
+    split_folder,
+    visible_files,
+)
+from lediflow.data.opening import NOWHERE, Home, picture_suffixes
 from lediflow.errors import UserError
+from lediflow.files import quoted
+from lediflow.hub import dataset_commit, split_revision
 
 if TYPE_CHECKING:
     import datasets
 
-# The names a split goes by, in files and in folders; the first one found is taken.
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "test"),
-}
 # What reads a kind of file, by the names of datasets' own builders.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-# A folder with a file of this name holds a codec's latents instead of pictures; see latents.py.
+# A folder with a file of this name holds a codec's latents instead of pictures; see codec_latents.py.
 LATENTS_FILE = "latents.json"
 _LABEL_COLUMNS = ("label", "labels", "class", "cls")
 
@@ -50,7 +57,8 @@ def open_dataset(
               (``shards/{000..009}.tar``), a folder of them, or their URLs. Among several, those with the
               split's name in theirs are read. Tar files hold ``NAME.jpg`` (or another picture, the same
               kind throughout) and optionally ``NAME.cls``, an integer;
-            - a Hub dataset, ``owner/name`` or ``owner/name:config``.
+            - a Hub dataset, ``owner/name`` or ``owner/name:config``, and ``@revision`` behind it for one
+              revision: a branch, a tag or a commit's hash.
         split: ``train``, ``validation`` or another name that the files use.
         streaming: read in order of storage instead of making everything addressable, which for files of
             another kind than Arrow takes a copy in datasets' cache, and for the Hub a download.
@@ -62,42 +70,82 @@ def open_dataset(
     Raises:
         UserError: nothing there, no pictures in it, or no such split.
     """
-    rows = _open(dataset, split, streaming)
+    return open_with_home(dataset, split, streaming=streaming)[0]
+
+
+def open_with_home(
+    dataset: str, split: str = "train", *, streaming: bool = False, texts: Sequence[str] = ()
+) -> tuple[Any, Home]:
+    """Like `open_dataset`, and tell where the pictures may lie that the rows name instead of holding.
+
+    Args:
+        dataset: as for `open_dataset`.
+        split: likewise.
+        streaming: likewise.
+        texts: names that a column of texts may have, the first of which becomes the column ``text``.
+
+    Raises:
+        UserError: as `open_dataset`; or there is no such column.
+    """
+    try:
+        rows, home = _open(dataset, split, streaming, texts)
+    except OSError as error:  # a name too long, a folder that may not be entered, a disk that fails
+        raise UserError(f"cannot read {quoted(dataset)}: {error.strerror or error}") from None
     if streaming and hasattr(rows, "to_iterable_dataset"):
-        return rows.to_iterable_dataset(num_shards=min(64, max(1, len(rows))))
-    return rows
+        rows = rows.to_iterable_dataset(num_shards=min(64, max(1, len(rows))))
+    return rows, home
 
 
-def _open(dataset: str, split: str, streaming: bool) -> Any:
+def _open(dataset: str, split: str, streaming: bool, texts: Sequence[str]) -> tuple[Any, Home]:
     if dataset == "digits":
-        return _open_digits(split)
-    path = Path(dataset).expanduser()
+        if texts:
+            raise no_texts("'digits'", texts, ("image", "label"))
+        return _open_digits(split), NOWHERE
+    path = _local_path(dataset)
     names = _expand(dataset if "://" in dataset else str(path.absolute()))
     if path.is_dir():
-        return _open_folder(path.absolute(), split, streaming)
+        return _open_folder(path.absolute(), split, streaming, texts)
     if path.is_file():
         files = [str(path.absolute())]
     elif "://" in dataset or (len(names) > 1 and not glob.has_magic(dataset)):
         files = names
     elif glob.has_magic(dataset):
-        files = [found for name in names for found in glob.glob(name, recursive=True)]
-    elif _HUB_ID.fullmatch(dataset) and path.suffix not in _BUILDERS and not path.parent.is_dir():
-        return _open_hub(dataset, split, streaming)
+        files = [
+            found
+            for name in names
+            for found in glob.iglob(name, recursive=True)
+            if _suffix(found) in _BUILDERS
+        ]
+    elif _HUB_ID.fullmatch(dataset) and _suffix(dataset) not in _BUILDERS and not path.parent.is_dir():
+        return _open_hub(dataset, split, streaming, texts)
     else:
         raise UserError(
-            f"no file or folder {dataset!r}; give 'digits', a folder of images, Parquet, Arrow or tar files, "
-            "or a Hub dataset owner/name"
+            f"no file or folder {quoted(dataset)}; give 'digits', a folder of images, Parquet, Arrow or tar "
+            "files, or a Hub dataset owner/name"
         )
     tables = sorted(file for file in files if _suffix(file) in _BUILDERS)
     if not tables:
         raise UserError(
-            f"{dataset!r} is no Parquet or Arrow file and no tar; give one, or the folder of the images"
+            f"{quoted(dataset)} is no Parquet or Arrow file and no tar; give one, or the folder of the images"
         )
-    return _open_tables(_tables_for(tables, split, dataset), streaming)
+    chosen = _tables_for(tables, split, dataset)
+    folders = sorted({os.path.dirname(file) for file in chosen if "://" not in file})
+    return _open_tables(chosen, streaming, texts), Home(folders=tuple(folders))
 
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+def _local_path(dataset: str) -> Path:
+    if not dataset.strip() or "\0" in dataset:
+        raise UserError(f"{dataset!r} is no name of a file or folder")
+    try:
+        return Path(dataset).expanduser()
+    except RuntimeError:  # no user of the name after ~
+        return Path(dataset)
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+_MOST_FILES = 100_000
 
 
 def _expand(pattern: str) -> list[str]:
@@ -106,6 +154,8 @@ def _expand(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
     first, last = match.groups()
+    if int(last) - int(first) >= _MOST_FILES:
+        raise UserError(f"the range {match[0]} stands for more than {_MOST_FILES:,} files")
     numbers = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
     return [name for n in numbers for name in _expand(pattern[: match.start()] + n + pattern[match.end() :])]
 
@@ -149,76 +199,35 @@ def _open_digits(split: str) -> datasets.Dataset:
     )
 
 
-def _open_folder(path: Path, split: str, streaming: bool) -> Any:
+def _open_folder(path: Path, split: str, streaming: bool, texts: Sequence[str]) -> tuple[Any, Home]:
     if (path / LATENTS_FILE).is_file():
         raise UserError(f"{str(path)!r} holds a codec's latents, no images; give the images they come from")
-    root = _split_folder(path, split)
-    files = _visible_files(root or path)
+    root = split_folder(path, split)
+    here = quoted(str(root or path))
+    files = visible_files(root or path)
     if not files:
-        raise UserError(f"the folder {str(root or path)!r} is empty; put images in it")
-    readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    pictures = [file for file in files if file.suffix.lower() in readable]
+        raise UserError(f"the folder {here} is empty; put images in it")
+    endings = picture_suffixes()
+    pictures = [file for file in files if file.suffix.lower() in endings]
     if not pictures:
         tables = [str(file) for file in files if file.suffix.lower() in _BUILDERS]
         if not tables:
             raise UserError(
-                f"no images in {str(root or path)!r}: its {len(files)} file(s) are not images, for example "
-                f"{files[0].name!r}; give a folder of PNG, JPEG, WebP or other images"
+                f"no images in {here}: its {len(files)} file(s) are not images, for example "
+                f"{quoted(files[0].name)}; give a folder of PNG, JPEG, WebP or other images"
             )
-        return _open_tables(tables if root else _tables_for(tables, split, str(path)), streaming)
+        chosen = tables if root else _tables_for(tables, split, str(path))
+        return _open_tables(chosen, streaming, texts), Home(folders=(str(path),))
     if root is None and split != "train":
-        raise _no_split(str(path), split, "put the images in subfolders 'train' and 'validation'")
-    return _pictures(root or path, pictures)
-
-
-def _pictures(root: Path, pictures: list[Path]) -> datasets.Dataset:
-    # Not the "imagefolder" builder: it copies its listing to a cache and asks for a layout of its own.
-    import datasets
-
-    columns: dict[str, list] = {"image": [str(picture) for picture in pictures]}
-    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
-    parts = [picture.relative_to(root).parts for picture in pictures]
-    if all(len(part) > 1 for part in parts):
-        names = sorted({part[0] for part in parts})
-        number = {name: i for i, name in enumerate(names)}
-        columns["label"] = [number[part[0]] for part in parts]
-        features["label"] = datasets.ClassLabel(names=names)
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-def _split_folder(path: Path, split: str) -> Path | None:
-    """Return the subfolder that holds a split, or None where the folder is not divided into splits."""
-    below = {entry.name.lower(): entry for entry in sorted(path.iterdir()) if entry.is_dir()}
-    visible = {name for name in below if not name.startswith(".")}
-    train = visible & set(_SPLIT_NAMES["train"])
-    # "train" beside "car" and "bus" is a class; alone, or beside "validation" or "test", it is a split.
-    if not train or not (visible == train or visible & set(_SPLIT_NAMES["validation"])):
-        return None
-    for name in _SPLIT_NAMES.get(split, (split.lower(),)):
-        if name in visible:
-            return below[name]
-    raise _no_split(str(path), split, f"make a subfolder {split!r} beside 'train'")
-
-
-def _visible_files(root: Path) -> list[Path]:
-    found: list[Path] = []
-    seen: set[str] = set()
-    for here, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:  # a link that leads back up would be walked for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda file: file.relative_to(root).parts)
+        raise no_split(str(path), split, "put the images in subfolders 'train' and 'validation'")
+    return picture_rows(root or path, pictures, texts), Home(listed=True)
 
 
 def _tables_for(tables: list[str], split: str, dataset: str) -> list[str]:
     root = os.path.commonpath([os.path.dirname(file) for file in tables])
 
     def named(split_name: str) -> list[str]:
-        for name in _SPLIT_NAMES.get(split_name, (split_name.lower(),)):
+        for name in SPLIT_NAMES.get(split_name, (split_name.lower(),)):
             # Whole words only: "latest.parquet" is no test split.
             word = re.compile(rf"(?<![a-z]){re.escape(name)}(?![a-z])")
             chosen = [file for file in tables if word.search(os.path.relpath(file, root).lower())]
@@ -229,47 +238,52 @@ def _tables_for(tables: list[str], split: str, dataset: str) -> list[str]:
     if chosen := named(split):
         return chosen
     if split != "train":
-        raise _no_split(dataset, split, f"give files with {split!r} in their names, or a folder of both")
+        raise no_split(dataset, split, f"give files with {split!r} in their names, or a folder of both")
     held_out = set(named("validation"))
     # A file given by name is meant, whatever it is called.
     return [file for file in tables if file not in held_out] or tables
 
 
-def _no_split(dataset: str, split: str, remedy: str) -> UserError:
-    return UserError(f"{dataset!r} has no split {split!r}; {remedy}")
-
-
-def _open_tables(files: list[str], streaming: bool) -> Any:
+def _open_tables(files: list[str], streaming: bool, texts: Sequence[str]) -> Any:
     import datasets
-    from datasets.exceptions import DatasetGenerationError
 
     suffix = _suffix(files[0])
-    shown = repr(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    named = quoted(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     if any(_suffix(file) != suffix for file in files):
-        raise UserError(f"{shown} mix Parquet, Arrow and tar files; give one kind")
+        raise UserError(f"{named} mix Parquet, Arrow and tar files; give one kind")
     # datasets takes a path for a pattern, and names with brackets would match nothing
     sources = [file if "://" in file else glob.escape(file) for file in files]
     try:
         table = datasets.load_dataset(
             _BUILDERS[suffix], data_files=sources, split="train", streaming=streaming
         )
-        return _image_and_label(table, shown)
+        return _image_and_label(table, named, texts)
     except UserError:
         raise
-    except (DatasetGenerationError, tarfile.TarError, ValueError, OSError) as error:
-        raise UserError(f"cannot read any row of {shown}: {error.__cause__ or error}") from error
+    except (
+        Exception
+    ) as error:  # datasets, pyarrow, tarfile, fsspec and the network each raise their own kinds
+        cause = error.__cause__ or error
+        raise UserError(f"cannot read any row of {named}: {str(cause) or type(cause).__name__}") from error
 
 
-def _open_hub(dataset: str, split: str, streaming: bool) -> Any:
+def _open_hub(dataset: str, split: str, streaming: bool, texts: Sequence[str]) -> tuple[Any, Home]:
     import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    name, _, config = dataset.partition(":")
+    hub_id, revision = split_revision(dataset)
+    name, _, config = hub_id.partition(":")
+    # of one commit throughout, also when somebody changes the data set meanwhile
+    commit = dataset_commit(name, revision)
+    at = commit or revision
     try:
-        known = datasets.get_dataset_split_names(name, config or None)
-        split_name = next((s for s in _SPLIT_NAMES.get(split, (split,)) if s in known), None)
+        known = datasets.get_dataset_split_names(name, config or None, revision=at)
+        split_name = next((s for s in SPLIT_NAMES.get(split, (split,)) if s in known), None)
         if split_name is None:
             raise UserError(f"{dataset!r} has no split {split!r}; it has {', '.join(known)}")
-        table = datasets.load_dataset(name, config or None, split=split_name, streaming=streaming)
+        table = datasets.load_dataset(
+            name, config or None, split=split_name, streaming=streaming, revision=at
+        )
     except UserError:
         raise
     except Exception as error:  # the Hub's client, the network and the builders each raise their own kinds
@@ -277,11 +291,29 @@ def _open_hub(dataset: str, split: str, streaming: bool) -> Any:
             f"no folder {dataset!r} here, and no such dataset could be read from the Hub: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    return _image_and_label(table, repr(dataset))
+    if commit is None:  # datasets takes its newest copy then, whatever was asked for
+        commit = _cached_commit(table)
+        if revision and not (commit and commit.startswith(revision)):
+            raise UserError(
+                f"the Hub does not say what revision {revision} of {name} is, and the copy here is of "
+                f"{'commit ' + commit if commit else 'an unknown one'}; try again when it answers"
+            )
+    # a dataset of loose files, or of an archive of them, has rows that name these where they are
+    repository = Path(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
+    folders = (str(repository), str(datasets.config.DOWNLOADED_DATASETS_PATH))
+    home = Home(folders=folders, url=f"hf://datasets/{name}@", commit=commit or "")
+    return _image_and_label(table, repr(dataset), texts), home
 
 
-def _image_and_label(table: Any, shown: str) -> Any:
-    """Keep the column of pictures and that of classes, under their names."""
+def _cached_commit(table: Any) -> str | None:
+    """Return the commit that a table in datasets' cache was made from; it is the name of a folder there."""
+    files = getattr(table, "cache_files", None)
+    folder = Path(files[0]["filename"]).parent.name if files else ""
+    return folder if _COMMIT.fullmatch(folder) else None
+
+
+def _image_and_label(table: Any, named: str, texts: Sequence[str]) -> Any:
+    """Keep the column of pictures, that of classes, and where asked for that of texts, under their names."""
     import datasets
 
     if table.features is None:  # a stream whose schema is only in its rows
@@ -293,22 +325,34 @@ def _image_and_label(table: Any, shown: str) -> Any:
     pictures = [name for name, feature in table.features.items() if is_picture(feature)]
     if not pictures:
         columns = ", ".join(table.column_names)
-        raise UserError(f"no image column in {shown}: its columns are {columns}; one must hold images")
+        raise UserError(f"no image column in {named}: its columns are {columns}; one must hold images")
     image = next((name for name in ("image", "img") if name in pictures), pictures[0])
     label = next((name for name in _LABEL_COLUMNS if _is_label(table.features.get(name))), None)
+    text = next((name for name in texts if all(_is_text(table.features.get(c)) for c in joined(name))), None)
+    if texts and text is None:
+        raise no_texts(named, texts, table.column_names)
     # cast first: a stream would decode the pictures of a renamed column, and stop at a broken one
     table = table.cast_column(image, datasets.Image(decode=False))
-    table = table.select_columns([image, *([label] if label else [])])
-    names = {image: "image", **({label: "label"} if label else {})}
+    if text and text == label:
+        raise UserError(f"column {text} of {named} names the classes; text.column=label takes those names")
+    if text and len(joined(text)) > 1:
+        parts = [table[column][:] for column in joined(text)]
+        table = table.add_column(text, [" ".join(filter(None, row)) for row in zip(*parts, strict=True)])
+    names = {image: "image", **({label: "label"} if label else {}), **({text: "text"} if text else {})}
+    table = table.select_columns([*names])
     table = table.rename_columns({old: new for old, new in names.items() if old != new})
     if label and getattr(table.features["label"], "dtype", "") in ("string", "large_string"):
         if isinstance(table, datasets.IterableDataset):
             raise UserError(
-                f"the labels of {shown} are text, which cannot be numbered in a stream; "
+                f"the labels of {named} are text, which cannot be numbered in a stream; "
                 "set data.streaming=false"
             )
         table = table.class_encode_column("label")
     return table
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string")
 
 
 def _is_label(feature: Any) -> bool:

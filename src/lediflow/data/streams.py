@@ -2,7 +2,7 @@
 
 Every epoch takes the shards in a new order and splits them over ranks and workers (datasets does both);
 within a worker, blocks of pictures are shuffled. The order depends on the seed, the number of ranks and that
-of workers. A batch carries its position; given back, the stream goes on exactly there, at the cost of reading
+of workers. A batch carries its position; given back, the stream resumes exactly there, at the cost of reading
 one block again. Without it, the stream is read and decoded again from its start, with the same result.
 """
 
@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from lediflow.data.batches import Refusal, TrainingData, draw, position_key, to_float, whole_loader
+from lediflow.data.batches import Refusal, TrainingData, draw, position_key, whole_loader
 from lediflow.data.decode import BrokenImage, BrokenImageError, Crop, decode
-from lediflow.data.listing import open_dataset
+from lediflow.data.listing import open_with_home
+from lediflow.data.opening import picture_name
 from lediflow.errors import UserError
+from lediflow.files import quoted
+from lediflow.pictures import to_float
 
 # So many pictures stand for the whole set where statistics of it are wanted.
 SAMPLE = 20_000
+BLOCK_BYTES = 256 * 2**20  # stored bytes that a worker holds: 1,000 pictures of 268 kB
 _HOPELESS = 1000  # broken pictures in a row, after which no readable one is expected
 _FEW = 100  # pictures seen, below which a share of broken ones means little
 
@@ -52,6 +56,7 @@ class StreamData(TrainingData):
         flip: bool = False,
         max_broken: float = 0.5,
         shuffle_block: int = 1000,
+        block_bytes: int = BLOCK_BYTES,
         classes: int = 0,
     ) -> None:
         """Open DATASET as a stream.
@@ -64,16 +69,19 @@ class StreamData(TrainingData):
             crop: ``center`` or ``random``.
             flip: mirror half of the pictures left to right.
             max_broken: the largest share of broken pictures to put up with, 0 to 1.
-            shuffle_block: how many stored pictures a worker holds and shuffles at a time.
+            shuffle_block: how many stored pictures a worker holds and shuffles at a time, at most.
+            block_bytes: a block ends with the picture with which it has as many stored bytes.
             classes: how many classes there are where labels are plain numbers, which a stream cannot count;
                 a picture with a label beyond is passed over.
 
         Raises:
             UserError: nothing there, no pictures in it, or no such split.
         """
-        self.rows: Any = open_dataset(dataset, split, streaming=True)
+        self.rows, self.home = open_with_home(dataset, split, streaming=True)
+        self.commit = self.home.commit
         self.name, self.image_size, self.channels = dataset, image_size, channels
-        self.crop, self.flip, self.shuffle_block = crop, flip, shuffle_block
+        self.crop, self.flip = crop, flip
+        self.shuffle_block, self.block_bytes = shuffle_block, block_bytes
         label = self.rows.features.get("label")
         numbers = [str(i) for i in range(classes)] if label is not None else []
         self.class_names = list(getattr(label, "names", None) or numbers)
@@ -157,7 +165,7 @@ class StreamData(TrainingData):
             else:
                 warnings.warn(
                     f"the stream was left by {position['ranks']} processes with {len(position['places'])} "
-                    f"workers and goes on with {ranks} and {streams}: it starts a new epoch",
+                    f"workers and resumes with {ranks} and {streams}: it starts a new epoch",
                     stacklevel=3,
                 )
                 epoch = 1 + max(place["epoch"] for place in position["places"])
@@ -180,7 +188,7 @@ class StreamData(TrainingData):
         if part["broken"] and not self.broken:
             first = part["broken"][0]
             warnings.warn(
-                f"an image in {self.name!r} cannot be read and is passed over: {first.name} "
+                f"an image in {quoted(self.name)} cannot be read and is passed over: {first.name} "
                 f"({first.reason}); later ones are only counted",
                 stacklevel=4,
             )
@@ -188,7 +196,7 @@ class StreamData(TrainingData):
         self.seen += len(part["broken"]) + len(part["batch"]["label"])
         if self.seen >= _FEW and len(self.broken) > self._max_broken * self.seen:
             raise UserError(
-                f"{len(self.broken):,} of {self.seen:,} images in {self.name!r} cannot be read: "
+                f"{len(self.broken):,} of {self.seen:,} images in {quoted(self.name)} cannot be read: "
                 f"{_listed(self.broken)}; mend or remove them"
             )
 
@@ -220,33 +228,33 @@ class _Source(IterableDataset):
         except UserError as error:
             yield Refusal(str(error))
         except Exception as error:  # fsspec, tarfile, the network and datasets each raise their own kinds
-            yield Refusal(f"cannot read {self.data.name!r}: {str(error) or type(error).__name__}")
+            yield Refusal(f"cannot read {quoted(self.data.name)}: {str(error) or type(error).__name__}")
 
     def _batches(self, stream: int) -> Iterator[dict[str, Any]]:
         items: list[dict[str, Any]] = []
         broken: list[BrokenImage] = []
-        place, in_a_row = self.places[stream], 0
+        place, in_a_row, served = self.places[stream], 0, False
         for row, key, place in self._shuffled(stream):
             try:
                 items.append(self._item(row, key, len(items)))
                 in_a_row = 0
             except BrokenImageError as error:
-                name = (row["image"] or {}).get("path") or f"row {place['count'] + place['taken']}"
+                name = picture_name(row["image"], place["count"] + place["taken"])
                 broken.append(BrokenImage(name, str(error)))
                 in_a_row += 1
                 if in_a_row >= _HOPELESS:
                     raise self._hopeless(broken) from None
             if len(items) == self.size:
                 yield {"batch": default_collate(items), "stream": stream, "place": place, "broken": broken}
-                items, broken = [], []
+                items, broken, served = [], [], True
         if items:
             yield {"batch": default_collate(items), "stream": stream, "place": place, "broken": broken}
-        elif broken:
+        elif broken and not served:
             raise self._hopeless(broken)
 
     def _hopeless(self, broken: list[BrokenImage]) -> UserError:
         return UserError(
-            f"no image in {self.data.name!r} can be read: {_listed(broken)}; mend or remove them"
+            f"no image in {quoted(self.data.name)} can be read: {_listed(broken)}; mend or remove them"
         )
 
     def _item(self, row: dict[str, Any], key: int, index: int) -> dict[str, Any]:
@@ -258,7 +266,12 @@ class _Source(IterableDataset):
         if data.num_classes and label >= data.num_classes:
             raise BrokenImageError(f"its label is {label}, and there are {data.num_classes} classes")
         pixels = decode(
-            row["image"], image_size=data.image_size, channels=data.channels, crop=data.crop, key=crop_key
+            row["image"],
+            image_size=data.image_size,
+            channels=data.channels,
+            crop=data.crop,
+            key=crop_key,
+            home=data.home,
         )
         image = torch.from_numpy(pixels)
         return {
@@ -281,7 +294,7 @@ class _Source(IterableDataset):
             if state is not None:
                 rows.load_state_dict(state)
             source, before = iter(rows), count
-            while block := list(islice(source, self.data.shuffle_block)):
+            while block := self._block(source):
                 who = (self.seed % 2**64, self.rank, stream, count)
                 order = np.random.default_rng(who).permutation(len(block))
                 for turn in range(taken, len(block)):
@@ -294,11 +307,21 @@ class _Source(IterableDataset):
                 count, state, taken = count + len(block), rows.state_dict(), 0
             if count == before and state is None:
                 raise UserError(
-                    f"{self.data.name!r} holds no images for one of its readers; use fewer workers"
+                    f"{quoted(self.data.name)} holds no images for one of its readers; use fewer workers"
                 )
             if self.once:
                 return
             epoch, state, taken = epoch + 1, None, 0
+
+    def _block(self, source: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Take the rows that are shuffled together; where a block ends follows from the rows alone."""
+        block, size = [], 0
+        for row in islice(source, self.data.shuffle_block):
+            block.append(row)
+            size += len((row["image"] or {}).get("bytes") or b"")
+            if size >= self.data.block_bytes:
+                break
+        return block
 
 
 def _listed(broken: list[BrokenImage]) -> str:

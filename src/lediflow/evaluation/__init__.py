@@ -1,1 +1,1 @@
-"""Measure what the models give: features, distances, time."""
+"""From a model to rows and a report: quality, network evaluations, time."""

@@ -1,9 +1,7 @@
 """Measure models side by side: every model, solver and number of steps is a row, kept as soon as it is done.
 
-OUTPUT/rows/<key>.json          one measured row; <key> is a digest of all it depends on
-OUTPUT/rows/<key>.safetensors   its first images, and those closest to training images
-OUTPUT/rows/times-<keys>.json   the times of all rows of one evaluation, taken in turn
-OUTPUT/results.json, table.md, report.html and the pictures are written from the rows
+What an evaluation keeps, and where, is in kept.py.
+The processes of a launch share the making of images. The first one measures, keeps and writes.
 """
 
 from __future__ import annotations
@@ -13,65 +11,61 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from lediflow import __version__
-from lediflow.data.images import to_uint8
+from lediflow.codecs import local_name
+from lediflow.devices import check_device
 from lediflow.errors import UserError
-from lediflow.evaluation.evaluation_report import write_report
-from lediflow.evaluation.feature_networks import weights_digest
-from lediflow.evaluation.measure import (
-    Request,
-    copies,
-    distances,
-    generated_features,
-    in_pixels,
-    notes_of,
-    reconstruction,
-    timings,
-)
-from lediflow.evaluation.pairs import Lpips
-from lediflow.evaluation.ranks import from_first, is_first, join_launch
-from lediflow.evaluation.real_side import RealSide, count_notes, named, open_real_side
-from lediflow.evaluation.reference import default_cache
-from lediflow.evaluation.sampling import in_words, latent_words
-from lediflow.evaluation.settings import Settings
-from lediflow.files import write_text, written_whole
-from lediflow.pipelines.base import ImagePipeline, load_pipeline
+from lediflow.evaluation.kept import claim, read_row, write_row
+from lediflow.evaluation.measure import generated_features, in_pixels, notes_of, reconstruction, timings
+from lediflow.evaluation.real import RealSide, count_notes, default_cache, named, open_real_side
+from lediflow.evaluation.report import write_report
+from lediflow.evaluation.request import Request, Settings, latent_words, strength_words
+from lediflow.files import explained, write_text
+from lediflow.fingerprints import weights_digest
+from lediflow.metrics.pairs import Lpips
+from lediflow.metrics.scores import copies, distances
+from lediflow.ode import in_words
+from lediflow.pictures import to_uint8
+from lediflow.pipelines.base import ImagePipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
-from lediflow.training.processes import check_device
-from lediflow.training.stage_config import STAGES
+from lediflow.pipelines.load import load_pipeline
+from lediflow.training.stages import STAGES
 
 FORMAT = 1  # of a row: raise it when a metric changes its meaning
 SHOWN_IMAGES = 12
 RECONSTRUCTIONS = 256
-BUSY = 0.25
+BUSY = 0.25  # scatter of times above which small differences mean nothing
+PATIENCE = timedelta(hours=24)  # for the first process, which may measure for hours between two collectives
 
 
 @dataclass
 class Model:
-    """One model of an evaluation.
+    """One model of an evaluation."""
 
-    Attributes:
-        name: for tables.
-        path: as given.
-        pipeline: loaded.
-        shape: (C, H, W) of its images.
-        digest: of its weights.
-    """
-
-    name: str
-    path: str
+    name: str  # for tables
+    path: str  # as given
     pipeline: ImagePipeline
-    shape: tuple[int, int, int]
-    digest: str
+    shape: tuple[int, int, int]  # (C, H, W) of its images
+    digest: str  # of its weights
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured."""
+
+    results: dict[str, Any]  # the contents of results.json
+    pictures: list[dict[str, Tensor]]  # of each row "first" and "closest", uint8; in the first process only
+    sides: dict[tuple[int, int, int], RealSide]  # by the shape of an image
 
 
 def evaluate(
@@ -81,64 +75,134 @@ def evaluate(
     *,
     cache: str | Path | None = None,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Measure models and write results.json, table.md, report.html and pictures; rows that are there stay.
 
     Args:
         models: run folders, saved pipelines or Hub ids.
         settings: what is measured.
-        output: folder; one that holds rows of the same models and settings goes on.
-        cache: folder of features of real sets; None for `reference.default_cache()`.
+        output: folder; one that holds rows of the same models and settings is resumed.
+        cache: folder of features of real sets; None for `real.default_cache()`.
         device: "cpu", "cuda" or "mps"; None for the best there is.
+        overwrite: replace the report of another request; its rows stay, and those that fit are used.
 
     Returns:
         The contents of results.json.
 
     Raises:
-        UserError: a model, dataset, feature network, solver or device that is not there or does not fit.
+        UserError: a model, dataset, feature network, solver or device that is not there or does not fit, or
+            the report of another request in `output`.
     """
-    where = join_launch(device) or check_device(device)
-    output, cache = Path(output), Path(cache) if cache else default_cache()
-    loaded = [_load(path, where, settings) for path in models]
-    _name_apart(loaded)
-    wanted = [(model, request) for model in loaded for request in _requests(model, settings)]
+    where = join_launch(device)
+    opened = [open_model(path, where, settings.dtype) for path in models]
+    _name_apart(opened)
+    wanted = [(model, request) for model in opened for request in _requests(model, settings)]
     if not wanted:
         raise UserError(
             "nothing is left to measure: no model has an average velocity; train one with "
             "`lediflow train ... --stage meanflow`, or give another --solver, such as midpoint"
         )
-    loaded = [model for model in loaded if any(model is other for other, _ in wanted)]
-    lpips = Lpips(where) if settings.lpips else None
-    sides, notes = _real_sides(loaded, settings, cache, where)
-    rows, pictures, timed, keys = [], [], [], []
-    for model, request in wanted:
-        key = _key(model, sides[model.shape], request, settings, where)
-        row, shown = _row(model, sides[model.shape], request, settings, output / "rows" / key, lpips)
-        rows.append(row)
-        pictures.append(shown)
-        timed.append((model.pipeline, request))
-        keys.append(key)
-    for row, times in zip(rows, _timings(timed, keys, output), strict=True):
-        row |= times
-    results = _results(settings, loaded, sides, rows, notes, where)
-    if is_first():
-        write_text(output / "results.json", json.dumps(results, indent=1))
-        write_report(results, pictures, {shape: side.reference for shape, side in sides.items()}, output)
-    return results
+    return evaluate_rows(wanted, settings, Path(output), cache=cache, overwrite=overwrite).results
 
 
-def _load(path: str, device: torch.device, settings: Settings) -> Model:
+def evaluate_rows(
+    wanted: Sequence[tuple[Model, Request]],
+    settings: Settings,
+    output: Path,
+    *,
+    cache: str | Path | None = None,
+    overwrite: bool = False,
+) -> Evaluation:
+    """Do what `evaluate` does for rows that are chosen one by one; the models lie on one device.
+
+    Args:
+        wanted: at least one row; of `settings`, steps and solvers are not read.
+        settings: what is measured.
+        output: as for `evaluate`.
+        cache: as for `evaluate`.
+        overwrite: as for `evaluate`.
+    """
+    models = list({model.name: model for model, _ in wanted}.values())
+    where, first = models[0].pipeline.device, PartialState().is_main_process
+    claim(output, _request(models, wanted, settings, where), overwrite)  # before hours of work
+    sides, notes = _real_sides(models, settings, Path(cache) if cache else default_cache(), where)
+    keys = [_key(model, sides[model.shape], request, settings, where) for model, request in wanted]
+    # which rows are there is for one process to say: the others may see another disk
+    (kept,) = broadcast_object_list([[read_row(output / "rows" / key) for key in keys]])
+    lpips = Lpips(where) if settings.lpips and first else None
+    rows, pictures = [], []
+    for (model, request), key, found in zip(wanted, keys, kept, strict=True):
+        side, label = sides[model.shape], _label(model, request)
+        say(f"{label}: {'measured before' if found else f'{request.num_images} images'}")
+        if found is None:
+            features = generated_features(model.pipeline, request, side.networks)
+            if first:
+                found = _measured(model, side, request, settings, features, lpips)
+                write_row(output / "rows" / key, *found)
+        if first:
+            rows.append(found[0] | {"model": model.name, "path": model.path})
+            pictures.append(found[1])
+    results: dict[str, Any] = {}
+    if first:
+        times = _timings([(model.pipeline, request) for model, request in wanted], keys, output)
+        rows = [row | taken for row, taken in zip(rows, times, strict=True)]
+        results = _results(settings, models, sides, rows, notes, where)
+        references = {shape: side.reference for shape, side in sides.items()}
+        with explained(output):
+            write_text(output / "results.json", json.dumps(results, indent=1))
+            write_report(results, pictures, references, output)
+    (results,) = broadcast_object_list([results])
+    return Evaluation(results, pictures, sides)
+
+
+def _request(
+    models: list[Model], wanted: Sequence[tuple[Model, Request]], settings: Settings, device: torch.device
+) -> dict[str, Any]:
+    """All that a report depends on but the contents of the data, in words."""
+    asked = asdict(settings)
+    for name in ("steps", "solvers", "latent_solver", "latent_steps", "prompts"):  # told by the rows
+        del asked[name]
+    for name in ("data", "validation"):
+        asked[name] = asked[name] and local_name(asked[name])
+    return {
+        "models": [f"{model.name} (weights {model.digest[:8]})" for model in models],
+        **asked,
+        "rows": [_label(model, request) for model, request in wanted],
+        "device": device.type,
+        "torch_threads": torch.get_num_threads(),
+        "lediflow": __version__,
+    }
+
+
+def join_launch(device: str | None) -> torch.device:
+    """Join the processes that torchrun or `accelerate launch` started, if any; return this one's device.
+
+    Raises:
+        UserError: an unknown device, or one that is not there.
+    """
+    where = check_device(device)
+    state = PartialState(cpu=where.type == "cpu", timeout=PATIENCE)
+    return where if state.num_processes == 1 else state.device
+
+
+def open_model(path: str | Path, device: torch.device, dtype: str, *, name: str | None = None) -> Model:
+    """Load a model for an evaluation; `name` is for tables, by default the end of the path.
+
+    Raises:
+        UserError: there is no such model, or its images are not square.
+    """
     pipeline = load_pipeline(path).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    request = Request(
-        **pipeline.settle(steps=1, latent_steps=1), num_images=1, seed=0, batch_size=1, dtype=settings.dtype
-    )
+    settled = pipeline.settle(steps=1, latent_steps=1)
+    request = Request(**settled, num_images=1, seed=0, batch_size=1, dtype=dtype)
     channels, height, width = request.images(pipeline, range(1)).images.shape[1:]
     if height != width:
         raise UserError(f"{path} makes images of {height}x{width}; only square ones can be evaluated")
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    name = "/".join(Path(path).parts[-2 if Path(path).name in (*STAGES, "pipeline") else -1 :])
-    return Model(name, path, pipeline, (channels, height, width), weights_digest(*parts))
+    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    if name is None:
+        name = "/".join(Path(path).parts[-2 if Path(path).name in (*STAGES, "pipeline") else -1 :])
+    return Model(name, str(path), pipeline, (channels, height, width), weights_digest(*networks))
 
 
 def _name_apart(models: list[Model]) -> None:
@@ -152,23 +216,23 @@ def _name_apart(models: list[Model]) -> None:
 
 
 def _requests(model: Model, settings: Settings) -> list[Request]:
-    """Return the rows of a model: every solver that it has by every number of steps."""
+    """Return the rows of a model: every solver that it has by every number of steps and guidance."""
     solvers = settings.solvers or ("mean", "midpoint")
     if not model.pipeline.flow.average_velocity:
         if "mean" in settings.solvers:
-            _say(f"{model.name}: no row with solver mean, because the model has no average velocity")
+            say(f"{model.name}: no row with solver mean, because the model has no average velocity")
         solvers = tuple(solver for solver in solvers if solver != "mean")
-    names = ("num_images", "seed", "batch_size", "dtype")
-    common: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    latent: dict[str, Any] = {
-        "latent_solver": settings.latent_solver,
-        "latent_steps": settings.latent_steps,
-    }
+    latent = {name: getattr(settings, name) for name in ("latent_solver", "latent_steps")}
     try:
         return [
-            Request(**model.pipeline.settle(solver=solver, steps=steps, **latent), **common)
+            settings.request(
+                **model.pipeline.settle(solver=solver, steps=steps, **latent),
+                **strengths,
+                prompts=settings.drawn_from(model.pipeline),
+            )
             for solver in solvers
             for steps in settings.steps
+            for strengths in settings.strengths(model.pipeline)
         ]
     except UserError as error:
         raise UserError(f"{model.name}: {error}") from None
@@ -181,7 +245,7 @@ def _real_sides(
     sides: dict[tuple[int, int, int], RealSide] = {}
     notes: list[str] = []
     for shape in dict.fromkeys(model.shape for model in models):
-        _say(f"real images of {shape[1]} px: {settings.data}")
+        say(f"real images of {shape[1]} px: {settings.data}")
         sides[shape], found = notes_of(partial(open_real_side, shape, settings, cache, device))
         notes += found + count_notes(sides[shape], settings)
     if len(sides) > 1:
@@ -192,48 +256,11 @@ def _real_sides(
     return sides, notes
 
 
-def _row(
-    model: Model, side: RealSide, request: Request, settings: Settings, path: Path, lpips: Lpips | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a row and its pictures: from `path` where they were measured before, else measured and kept."""
-    kept = from_first(lambda: _read_row(path))
-    label = f"{model.name}, {in_words(request.solver, request.steps)}"
-    if words := latent_words(asdict(request)):
-        label += f" (latent sampler: {words})"
-    if kept is not None:
-        _say(f"{label}: measured before")
-        row, shown = kept
-        return row | {"model": model.name, "path": model.path}, shown
-    _say(f"{label}: {request.num_images} images")
-    features = generated_features(model.pipeline, request, side.networks)
-    # the first process alone measures; the others wait for its row
-    row, shown = from_first(lambda: _measured(model, side, request, settings, features, lpips))
-    if is_first():
-        try:
-            with written_whole(path.with_suffix(".safetensors")) as unfinished:
-                save_file({name: tensor.contiguous() for name, tensor in shown.items()}, unfinished)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
-        write_text(path.with_suffix(".json"), json.dumps(row, indent=1))
-    return row, shown
-
-
-def _timings(
-    timed: list[tuple[ImagePipeline, Request]], keys: list[str], output: Path
-) -> list[dict[str, Any]]:
-    """Return the times of all rows, which are taken together: times from different hours do not compare."""
-    name = hashlib.blake2b(" ".join(keys).encode(), digest_size=12).hexdigest()
-    path = output / "rows" / f"times-{name}.json"
-
-    def take() -> list[dict[str, Any]]:
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-        _say(f"timing {len(timed)} rows in turn")
-        times = timings(timed)
-        write_text(path, json.dumps(times, indent=1))
-        return times
-
-    return from_first(take)
+def _label(model: Model, request: Request) -> str:
+    words, guided = latent_words(asdict(request)), strength_words(asdict(request))
+    latent = f" (latent sampler: {words})" if words else ""
+    told = ", made of texts" if request.prompts else ""
+    return f"{model.name}, {in_words(request.solver, request.steps)}{latent}{guided and f', {guided}'}{told}"
 
 
 def _measured(
@@ -244,6 +271,7 @@ def _measured(
     features: list[Tensor],
     lpips: Lpips | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a row without its times, and its pictures."""
     pipeline, many = model.pipeline, {"replicates": settings.bootstrap, "seed": settings.seed}
     metrics: dict[str, dict[str, float]] = {}
     notes: list[str] = []
@@ -278,6 +306,20 @@ def _measured(
     return row, shown
 
 
+def _timings(
+    timed: list[tuple[ImagePipeline, Request]], keys: list[str], output: Path
+) -> list[dict[str, Any]]:
+    """Return the times of all rows, which are taken together: times from different hours do not compare."""
+    name = hashlib.blake2b(" ".join(keys).encode(), digest_size=12).hexdigest()
+    path = output / "rows" / f"times-{name}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    say(f"timing {len(timed)} rows in turn")
+    times = timings(timed)
+    write_text(path, json.dumps(times, indent=1))
+    return times
+
+
 def _key(model: Model, side: RealSide, request: Request, settings: Settings, device: torch.device) -> str:
     """Digest of everything that a row depends on."""
     held_out = side.held_out.content_hash() if side.held_out else None
@@ -285,7 +327,8 @@ def _key(model: Model, side: RealSide, request: Request, settings: Settings, dev
         FORMAT,
         __version__,
         model.digest,
-        asdict(request),
+        # a row without prompts is what it was before there were any
+        {name: value for name, value in asdict(request).items() if name != "prompts" or value},
         [network.digest for network in side.networks],
         side.reference.content_hash(),
         held_out,
@@ -295,14 +338,6 @@ def _key(model: Model, side: RealSide, request: Request, settings: Settings, dev
         torch.get_num_threads(),
     ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-
-
-def _read_row(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    try:
-        row = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return row, load_file(path.with_suffix(".safetensors"))
-    except (OSError, ValueError, SafetensorError):  # none, or damaged: measured again
-        return None
 
 
 def _results(
@@ -331,7 +366,7 @@ def _results(
             f"the times of one row scatter by up to {spread:.0%}: this machine was busy, so read small "
             "differences in time as none"
         )
-    first = next(iter(sides.values())).networks
+    networks = next(iter(sides.values())).networks
     return {
         "lediflow": __version__,
         "settings": asdict(settings),
@@ -341,7 +376,7 @@ def _results(
         "torch_threads": torch.get_num_threads(),
         "features": [
             {"name": network.name, "digest": network.digest, "headline": f"{network.name}/{network.headline}"}
-            for network in first
+            for network in networks
         ],
         "models": [{"name": m.name, "path": m.path, "digest": m.digest, "shape": m.shape} for m in models],
         "real": real,
@@ -350,6 +385,7 @@ def _results(
     }
 
 
-def _say(text: str) -> None:
-    if is_first():
+def say(text: str) -> None:
+    """Print a line of progress on stderr, once for all processes of a launch."""
+    if PartialState().is_main_process:
         print(text, file=sys.stderr, flush=True)

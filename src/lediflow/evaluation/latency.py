@@ -1,14 +1,13 @@
-"""Time what makes images: the median of a few repeats, with candidates taking turns.
-
-A laptop warms up and a shared machine has neighbours. When one candidate is timed to the end before the
-next begins, such drift looks like a difference between them; here each round times every candidate once.
-"""
+"""Time and memory of what makes images: the median of a few repeats, with candidates taking turns."""
 
 from __future__ import annotations
 
+import gc
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,41 +18,18 @@ from lediflow.errors import UserError
 
 @dataclass(frozen=True)
 class Latency:
-    """What one candidate took.
+    """What one candidate took."""
 
-    Attributes:
-        ms_per_image: median over the repeats, in milliseconds, divided by the images of a call.
-        images_per_second: the same as a rate.
-        repeats: timed calls.
-        batch_size: images that one call makes.
-        spread: (slowest - fastest) / median of the repeats, 0 or more. Differences between candidates
-            that are not clearly larger than this mean nothing.
-    """
-
-    ms_per_image: float
+    ms_per_image: float  # median over the repeats
     images_per_second: float
-    repeats: int
-    batch_size: int
-    spread: float
-
-
-def measure(
-    fn: Callable[[], object],
-    *,
-    images: int,
-    repeats: int = 5,
-    warmup: int = 1,
-    device: str | torch.device = "cpu",
-) -> Latency:
-    """Time one function; see :func:`compare`, which is to be used when there are two."""
-    return compare({"": fn}, images=images, repeats=repeats, warmup=warmup, device=device)[""]
+    spread: float  # (slowest - fastest) / median; smaller differences between candidates mean nothing
 
 
 def compare(
     fns: Mapping[str, Callable[[], Any]],
     *,
     images: int,
-    repeats: int = 5,
+    repeats: int = 3,
     warmup: int = 1,
     device: str | torch.device = "cpu",
     clock: Callable[[], float] | None = None,
@@ -61,13 +37,13 @@ def compare(
     """Time several functions in turn, A B C A B C ..., so that the machine's drift meets all alike.
 
     Args:
-        fns: candidates by name; each call makes ``images`` images.
+        fns: candidates by name.
         images: images that one call of any candidate makes, at least 1.
         repeats: timed calls of each candidate, at least 1.
         warmup: untimed calls of each, taken in the same turns before the timed ones, 0 or more.
         device: where the work is done. On CUDA the clock is read only after all queued work is done.
-        clock: in seconds; None for the time of day. ``time.process_time`` counts what the CPU did for this
-            process, all threads added up: of one thread it says more on a machine that others keep busy.
+        clock: in seconds; None for the time of day. ``time.process_time`` adds up what all threads of this
+            process did: of one thread it says more on a machine that others keep busy.
 
     Returns:
         A :class:`Latency` for each name, in the order given.
@@ -87,7 +63,12 @@ def compare(
             taken = time_once(fn, where, clock)
             if turn >= warmup:
                 seconds[name].append(taken)
-    return {name: _summary(taken, images) for name, taken in seconds.items()}
+    found = {}
+    for name, each in seconds.items():
+        # a call that does nothing can take no time at all by a coarse clock
+        median = max(statistics.median(each), 1e-9)
+        found[name] = Latency(1000 * median / images, images / median, (max(each) - min(each)) / median)
+    return found
 
 
 def time_once(fn: Callable[[], Any], device: torch.device, clock: Callable[[], float] | None = None) -> float:
@@ -100,18 +81,6 @@ def time_once(fn: Callable[[], Any], device: torch.device, clock: Callable[[], f
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock() - start
-
-
-def _summary(seconds: list[float], images: int) -> Latency:
-    # A call that does nothing can take no time at all by a coarse clock.
-    median = max(statistics.median(seconds), 1e-9)
-    return Latency(
-        ms_per_image=1000 * median / images,
-        images_per_second=images / median,
-        repeats=len(seconds),
-        batch_size=images,
-        spread=(max(seconds) - min(seconds)) / median,
-    )
 
 
 def part_shares(
@@ -127,10 +96,9 @@ def part_shares(
     time from :func:`compare`.
 
     Args:
-        fn: what is timed.
-        parts: (object, name of its method) by the part's name, none within another; a module's part is its
-            "forward".
-        repeats: timed calls after an untimed one, at least 1.
+        fn: what is timed; call it once before, if the first call takes longer.
+        parts: (object, name of its method) by the part's name, none within another.
+        repeats: timed calls, at least 1.
         device: where the work is done.
 
     Returns:
@@ -147,12 +115,46 @@ def part_shares(
 
         return call
 
-    fn()
+    before = [(owner, method, vars(owner).get(method)) for owner, method in parts.values()]
     try:
         for name, (owner, method) in parts.items():
-            setattr(owner, method, timed(name, getattr(owner, method)))
+            vars(owner)[method] = timed(name, getattr(owner, method))
         whole = sum(time_once(fn, where) for _ in range(repeats))
     finally:
-        for owner, method in parts.values():
-            vars(owner).pop(method, None)  # the class's own method shows again
+        for owner, method, own in before:
+            if own is None:
+                vars(owner).pop(method, None)  # the class's own method shows again
+            else:
+                vars(owner)[method] = own
     return {name: seconds / max(whole, 1e-9) for name, seconds in spent.items()}
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """Yield a list that holds the peak of memory in use, in bytes, when the block ends.
+
+    On CUDA it is the allocator's peak. On a CPU it is the process' resident memory, looked at every
+    millisecond, everything that was there before included.
+    """
+    peak = [0.0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak[0] = float(torch.cuda.max_memory_allocated(device))
+        return
+    import psutil
+
+    gc.collect()
+    process, done = psutil.Process(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()

@@ -1,224 +1,43 @@
-"""All metrics of one set of generated images, and of one model at one solver and number of steps."""
+"""What is measured of one model at one solver and number of steps: images, reconstructions, times.
+
+The calls into pipelines are here: `Request.images`, `reconstruct` and `network_parts`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lediflow import ode
-from lediflow.data.images import to_float, to_uint8
-from lediflow.evaluation.bootstrap import Estimate, estimate, estimate_mean, resampled
-from lediflow.evaluation.feature_networks import FeatureNetwork
-from lediflow.evaluation.kernels import CMMD, KID
+from lediflow.devices import DTYPES
 from lediflow.evaluation.latency import compare, part_shares
-from lediflow.evaluation.manifold import closer_than_new, manifold, nearest_neighbours
-from lediflow.evaluation.metrics import frechet_distance, frechet_replicates
-from lediflow.evaluation.pairs import psnr, ssim
-from lediflow.evaluation.ranks import in_batches
-from lediflow.evaluation.reference import RealFeatures
+from lediflow.evaluation.real import features_of
+from lediflow.evaluation.request import Request
+from lediflow.metrics.bootstrap import Estimate, estimate_mean, resampled
+from lediflow.metrics.features import FeatureNetwork
+from lediflow.metrics.pairs import psnr, ssim
+from lediflow.pictures import to_float
 from lediflow.pipelines.base import ImagePipeline
-from lediflow.pipelines.guidance import velocity_field
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
-from lediflow.precision import DTYPES
-from lediflow.sources import image_noise
+from lediflow.progress import Progress
 
-MOST_ON_MANIFOLDS = 10_000
-
-
-@dataclass(frozen=True)
-class Request:
-    """How a row's images are made.
-
-    Attributes:
-        solver: of the flow.
-        steps: of the flow.
-        num_images: how many.
-        seed: image i depends on (seed, i) only.
-        batch_size: images at a time, and the batch that is timed.
-        dtype: fp32, bf16 or fp16.
-        latent_solver: of the latent sampler; None for plain flow matching, or the pipeline's default.
-        latent_steps: of the latent sampler, likewise.
-    """
-
-    solver: str
-    steps: int
-    num_images: int
-    seed: int
-    batch_size: int
-    dtype: str
-    latent_solver: str | None = None
-    latent_steps: int | None = None
-
-    def images(self, pipeline: ImagePipeline, indices: range) -> Any:
-        """Make the images `indices`; return the pipeline's output, images (n, C, H, W) in [-1, 1].
-
-        A model with classes makes all of them in turn.
-        """
-        options: dict[str, Any] = {}
-        if hasattr(pipeline, "sampler"):
-            options = {"latent_solver": self.latent_solver, "latent_steps": self.latent_steps}
-        return pipeline(
-            len(indices),
-            first_image=indices.start,
-            steps=self.steps,
-            solver=self.solver,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            dtype=DTYPES[self.dtype],
-            output_type="pt",
-            **options,
-        )
+SPLIT = 2  # timed requests of a row in which its networks are timed apart
 
 
 def generated_features(
-    pipeline: ImagePipeline, request: Request, networks: list[FeatureNetwork]
+    pipeline: ImagePipeline, request: Request, networks: Sequence[FeatureNetwork]
 ) -> list[Tensor]:
     """Make a row's images, batch by batch, and return their features (N, D) by each network."""
 
-    def batch(indices: range) -> list[Tensor]:
-        pixels = to_uint8(request.images(pipeline, indices).images)
-        return [network(pixels) for network in networks]
+    def pixels(indices: range) -> Tensor:
+        return request.images(pipeline, indices).images
 
-    return in_batches(request.num_images, request.batch_size, batch)
-
-
-def distances(
-    network: FeatureNetwork, generated: Tensor, real: RealFeatures, *, replicates: int, seed: int
-) -> dict[str, Estimate]:
-    """Return every metric of generated features against the real ones, by name.
-
-    Intervals resample the generated images; those of recall and coverage, which are shares of the real
-    images, resample these.
-
-    Args:
-        network: whose features they are.
-        generated: (N, D).
-        real: of the reference.
-        replicates: of the bootstrap; 0 for none.
-        seed: of the bootstrap.
-
-    Warns:
-        UserWarning: a count for which a metric misleads.
-    """
-    counts = resampled(len(generated), replicates, seed=seed)
-    found = {}
-    for name, metric, within in (
-        (network.mmd_name, CMMD, real.within_mmd),
-        (network.kernel_name, KID, real.within_kernel),
-    ):
-        value = metric(generated, real.features, within_y=within).item()
-        spread = (
-            metric(generated, real.features, counts=counts, within_y=within) if replicates else counts[:, 0]
-        )
-        found[name] = estimate(value, spread, least=metric.least)
-    value = frechet_distance(generated, real.moments)
-    found[network.frechet_name] = estimate(
-        value, frechet_replicates(generated, real.moments, counts), least=0.0
-    )
-    return found | _shares(generated, real.features, replicates=replicates, seed=seed)
-
-
-def _shares(generated: Tensor, real: Tensor, *, replicates: int, seed: int) -> dict[str, Estimate]:
-    """Precision, density, recall and coverage at equal counts of both sets."""
-    count = min(len(generated), len(real), MOST_ON_MANIFOLDS)
-    spread = torch.linspace(0, len(real) - 1, count, dtype=torch.float64).round().long()
-    found = manifold(generated[:count], real[spread])
-    counts = resampled(count, replicates, seed=seed + 1)
-    return {
-        name: estimate_mean(
-            getattr(found, name), counts, least=0.0, most=torch.inf if name == "density" else 1.0
-        )
-        for name in ("precision", "density", "recall", "coverage")
-    }
-
-
-def copies(
-    generated: Tensor, real: RealFeatures, unseen: Tensor | None, *, replicates: int, seed: int
-) -> tuple[Estimate, list[dict[str, float]]]:
-    """Look for training images among the generated ones.
-
-    Args:
-        generated: features (N, D).
-        real: of the training images.
-        unseen: features of real images not trained on; None compares with the training images' distances
-            to each other.
-        replicates: of the bootstrap.
-        seed: of the bootstrap.
-
-    Returns:
-        The share of generated images that lie closer to a training image than 99 of 100 new ones do, and
-        the eight closest: {"image", "training_image", "distance"}.
-    """
-    distance, index = nearest_neighbours(generated, real.features)
-    if unseen is None:
-        yardstick, _ = nearest_neighbours(real.features, real.features, itself=True)
-    else:
-        yardstick, _ = nearest_neighbours(unseen, real.features)
-    counts = resampled(len(generated), replicates, seed=seed + 2)
-    share = estimate_mean(closer_than_new(distance, yardstick), counts, least=0.0, most=1.0)
-    closest = distance.argsort()[:8].tolist()
-    return share, [
-        {"image": i, "training_image": int(index[i]), "distance": distance[i].item()} for i in closest
-    ]
-
-
-def timings(rows: Sequence[tuple[ImagePipeline, Request]]) -> list[dict[str, Any]]:
-    """Return evaluations and milliseconds for one image of a batch, whole and by network, of several rows.
-
-    The rows take turns, so that the machine's drift meets all alike. "other" is what no network takes: noise
-    and the solver's arithmetic.
-    """
-
-    def call(pipeline: ImagePipeline, request: Request) -> dict[str, int]:
-        return request.images(pipeline, range(request.batch_size)).nfe
-
-    pipeline, request = rows[0]
-    wholes = compare(
-        {str(i): partial(call, *row) for i, row in enumerate(rows)},
-        images=request.batch_size,
-        repeats=3,
-        device=pipeline.device,
-    )
-    found = []
-    for (pipeline, request), whole in zip(rows, wholes.values(), strict=True):
-        nfe: dict[str, int] = {}
-        shares = part_shares(
-            lambda p=pipeline, r=request, n=nfe: n.update(call(p, r)),  # type: ignore[misc]
-            _parts(pipeline),
-            repeats=2,
-            device=pipeline.device,
-        )
-        parts = {name: share * whole.ms_per_image for name, share in shares.items()}
-        parts["other"] = whole.ms_per_image - sum(parts.values())
-        found.append(
-            {
-                "nfe": nfe,
-                "ms_per_image": {"total": whole.ms_per_image, **parts},
-                "images_per_second": whole.images_per_second,
-                "timing_spread": whole.spread,
-            }
-        )
-    return found
-
-
-def _parts(pipeline: ImagePipeline) -> dict[str, tuple[Any, str]]:
-    parts: dict[str, tuple[Any, str]] = {"flow": (pipeline.flow, "forward")}
-    if isinstance(pipeline, LeDiFlowPipeline):
-        parts |= {"sampler": (pipeline.sampler, "forward"), "decoder": (pipeline.auxiliary, "decode")}
-    if getattr(pipeline, "vae", None) is not None:
-        parts["codec"] = (pipeline.vae, "decode")
-    return parts
-
-
-def in_pixels(pipeline: LeDiFlowPipeline) -> bool:
-    """Whether the model works on pixels, not on a codec's latents."""
-    return pipeline.config.latent_space is None
+    return features_of(request.num_images, request.batch_size, pixels, networks, label="generated")
 
 
 @torch.no_grad()
@@ -227,24 +46,15 @@ def reconstruct(pipeline: LeDiFlowPipeline, y: Tensor, request: Request) -> Tens
 
     A model with classes is asked without one.
     """
-    ends = []
+    ends, where = [], pipeline.device
     for start in range(0, len(y), request.batch_size):
-        batch = y[start : start + request.batch_size].to(pipeline.device)
-        with torch.autocast(
-            pipeline.device.type, dtype=DTYPES[request.dtype], enabled=request.dtype != "fp32"
-        ):
-            z = pipeline.auxiliary.encode(batch).mean
-            indices = range(start, start + len(batch))
-            noise = image_noise(
-                batch.shape[1:], seed=request.seed, indices=indices, stream="x", device=pipeline.device
-            )
-            x = pipeline.auxiliary.decode(z).at(noise)
-            solution = ode.integrate(
-                velocity_field(pipeline.flow, z, pipeline.no_class(len(batch)))[0],
-                x,
-                steps=request.steps,
-                solver=request.solver,
-            )
+        batch = y[start : start + request.batch_size].to(where)
+        indices = range(start, start + len(batch))
+        noise = pipeline.noise(batch.shape[1:], indices, request.seed, "x")
+        with torch.autocast(where.type, dtype=DTYPES[request.dtype], enabled=request.dtype != "fp32"):
+            z = pipeline.encode(batch).mean
+            x = pipeline.prior(z).at(noise)
+            solution = pipeline.carry(x, z, steps=request.steps, solver=request.solver)
         ends.append(solution.end.float().clamp(-1, 1).cpu())
     return torch.cat(ends)
 
@@ -273,6 +83,79 @@ def reconstruction(
         metrics["lpips"] = lpips
     counts = resampled(len(y), replicates, seed=request.seed)
     return {f"reconstruction/{name}": estimate_mean(f(again, y), counts) for name, f in metrics.items()}
+
+
+def timings(
+    rows: Sequence[tuple[ImagePipeline, Request]],
+    *,
+    repeats: int = 3,
+    output_type: str = "pt",
+    split: bool = True,
+) -> list[dict[str, Any]]:
+    """Return evaluations and milliseconds for one image of a batch, whole and by network, of several rows.
+
+    The rows take turns, so that the machine's drift meets all alike.
+
+    Args:
+        rows: pipelines on one device, and requests of one batch size.
+        repeats: timed requests of each row, after one that is not timed; the median counts.
+        output_type: "pt", or "latent" to leave a codec out.
+        split: also tell the networks apart, and "other", which is what no network takes: noise and the
+            solver's arithmetic.
+    """
+    device, batch = rows[0][0].device, rows[0][1].batch_size
+    nfe: list[dict[str, int]] = [{} for _ in rows]
+    total = len(rows) * (1 + repeats + (SPLIT if split else 0))
+    done = itertools.count(1)
+    found = []
+    with Progress("timing", 0, total) as progress:
+
+        def call(row: int) -> None:
+            pipeline, request = rows[row]
+            nfe[row] = request.images(pipeline, range(batch), output_type).nfe
+            progress.update(next(done), "batches")
+
+        calls = {str(row): partial(call, row) for row in range(len(rows))}
+        wholes = compare(calls, images=batch, repeats=repeats, device=device)
+        for row, (name, whole) in enumerate(wholes.items()):
+            parts: dict[str, float] = {}
+            if split:
+                networks = network_parts(rows[row][0])
+                shares = part_shares(calls[name], networks, repeats=SPLIT, device=device)
+                parts = {
+                    part: share * whole.ms_per_image for part, share in shares.items() if part in nfe[row]
+                }
+                parts["other"] = whole.ms_per_image - sum(parts.values())
+            found.append(
+                {
+                    "nfe": nfe[row],
+                    "ms_per_image": {"total": whole.ms_per_image, **parts},
+                    "images_per_second": whole.images_per_second,
+                    "timing_spread": whole.spread,
+                }
+            )
+    return found
+
+
+def network_parts(pipeline: ImagePipeline) -> dict[str, tuple[Any, str]]:
+    """Return the networks of a request by the names that its NFE has, each with the method that runs it."""
+    parts: dict[str, tuple[Any, str]] = {"flow": (pipeline.flow, _runs(pipeline.flow))}
+    if isinstance(pipeline, LeDiFlowPipeline):
+        sampler = pipeline.sampler
+        parts |= {"sampler": (sampler, _runs(sampler)), "decoder": (pipeline.auxiliary, "decode")}
+    if getattr(pipeline, "vae", None) is not None:
+        parts["codec"] = (pipeline.vae, "decode")
+    return parts
+
+
+def _runs(network: torch.nn.Module) -> str:
+    # a network compiled in place is not run through `forward`
+    return "forward" if network._compiled_call_impl is None else "_compiled_call_impl"
+
+
+def in_pixels(pipeline: LeDiFlowPipeline) -> bool:
+    """Whether the model works on pixels, not on a codec's latents."""
+    return pipeline.config.codec_space is None
 
 
 def notes_of(function: Callable[[], Any]) -> tuple[Any, list[str]]:

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lediflow.choices import ATTENTION_BACKENDS as BACKENDS
 from lediflow.errors import UserError, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-BACKENDS = ("dense", "tiles", "flex", "natten")
 VARIABLE = "LEDIFLOW_ATTENTION"
 TILED_FROM = 32 * 32  # tokens; below, a mask over the whole grid is faster
 TILE = 8
@@ -75,7 +75,7 @@ def self_attention(
     return _attend(q, k, v, neighborhood_mask(grid, kernel_size, q.device))
 
 
-def constant(function: Callable[P, R]) -> Callable[P, R]:
+def compile_time_constant(function: Callable[P, R]) -> Callable[P, R]:
     """Cache a function of sizes, devices and names; torch.compile takes its result as a constant.
 
     Traced instead, its few hundred small operations would run again in every block of every evaluation.
@@ -155,7 +155,7 @@ def best_backend(grid: tuple[int, int], device: torch.device) -> str:
     return "tiles"
 
 
-@constant
+@compile_time_constant
 def missing_package(backend: str) -> str | None:
     """Return the package that the backend needs and that is not installed, if any."""
     package = {"natten": "natten", "flex": "triton" if torch.cuda.is_available() else None}.get(backend)
@@ -210,7 +210,7 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-@constant
+@compile_time_constant
 def neighborhood_mask(grid: tuple[int, int], kernel_size: int, device: torch.device) -> Tensor:
     """Return the boolean (H*W, H*W) mask that is True where the row's query sees the column's key.
 
@@ -267,7 +267,7 @@ def _parts(scores: int, device: torch.device) -> int:
     return 1 if whole or scores < 2**23 else scores // 2**21
 
 
-@constant
+@compile_time_constant
 def _tiles(
     grid: tuple[int, int], kernel_size: int, tile: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -337,7 +337,7 @@ def _block_mask(grid: tuple[int, int], kernel_size: int, device: torch.device) -
     return BlockMask.from_kv_blocks(*tables, mask_mod=_window(grid, kernel_size), seq_lengths=(n, n))
 
 
-@constant
+@compile_time_constant
 def _blocks(grid: tuple[int, int], kernel_size: int, device: torch.device) -> tuple[Tensor, ...]:
     """Which blocks of 128 keys each block of 128 queries sees, partly and wholly: counts and indices."""
     from torch.nn.attention.flex_attention import create_block_mask

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from operator import index
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lediflow.errors import UserError
-from lediflow.networks.attention import check_backend, constant, forced_backend, self_attention
+from lediflow.networks.attention import check_backend, compile_time_constant, forced_backend, self_attention
+from lediflow.networks.model import Network
 
 EPS = 1e-6
 
@@ -90,20 +90,28 @@ def axial_positions(grid: tuple[int, int]) -> Tensor:
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
 
 
-@constant
+@compile_time_constant
 def rope_table(
-    grid: tuple[int, int], n_heads: int, d_head: int, device: torch.device, dtype: torch.dtype
+    grid: tuple[int, int],
+    n_heads: int,
+    d_head: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    trained_side: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the angles of axial rotary embeddings, each (H*W, n_heads, d_head // 4).
 
     Half of each head turns: d_head / 8 frequencies for each axis, log-spaced from pi to 10 pi and interleaved
-    across the heads.
+    across the heads. With a `trained_side` two neighbours are as far apart as in a grid of that longer side,
+    whatever this grid is.
     """
     n = d_head // 8
     ends = math.log(math.pi), math.log(10 * math.pi)
     log_frequencies = torch.linspace(*ends, n_heads * n + 1, dtype=torch.float64)[:-1]
     frequencies = log_frequencies.exp().view(n, n_heads).T  # (n_heads, n)
     positions = axial_positions(grid).reshape(-1, 1, 2, 1)
+    if trained_side is not None:
+        positions = positions * (max(grid) / trained_side)
     theta = (positions * frequencies[None, :, None, :]).flatten(2)  # y angles, then x angles
     return theta.cos().to(dtype).to(device), theta.sin().to(dtype).to(device)
 
@@ -119,7 +127,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Cosine attention: unit queries and keys, each times sqrt(s) with s learned per head (init 10)."""
+    """Cosine attention: unit queries and keys, each times sqrt(s) with s learned per head (init 10).
+
+    Attributes:
+        trained_side: as for `rope_table`.
+    """
+
+    trained_side: int | None = None
 
     def __init__(self, width: int, d_head: int, kernel_size: int | None):
         super().__init__()
@@ -133,7 +147,7 @@ class SelfAttention(nn.Module):
         b, h, w = x.shape[0], index(x.shape[1]), index(x.shape[2])  # a compiled graph is made for one grid
         q, k, v = self.qkv(x).view(b, h * w, 3, self.n_heads, self.d_head).unbind(2)
         root = self.scale.sqrt()[:, None]
-        cos, sin = rope_table((h, w), self.n_heads, self.d_head, x.device, q.dtype)
+        cos, sin = rope_table((h, w), self.n_heads, self.d_head, x.device, q.dtype, self.trained_side)
         q, k = (
             rotate(u * (root * torch.rsqrt(mean_square(u) * self.d_head + EPS)).to(u.dtype), cos, sin)
             for u in (q, k)
@@ -372,26 +386,13 @@ def check_widths(
     check_backend(forced_backend())
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> Iterator[dict[str, Any]]:
-    """Yield AdamW groups as HDiT trains: decay on matrices only, mapping and adaptive scales at lr / 3."""
-    mapping = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, MappingNetwork) or (isinstance(m, RMSNorm) and m.adaptive)
-        for p in m.parameters()
-    }
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for is_mapping in (False, True):
-        for decays in (True, False):
-            group = [
-                p
-                for p in parameters
-                if (id(p) in mapping) == is_mapping and (p.ndim >= 2 and id(p) not in embeddings) == decays
-            ]
-            if group:
-                yield {
-                    "params": group,
-                    "lr": lr / 3 if is_mapping else lr,
-                    "weight_decay": weight_decay if decays else 0.0,
-                }
+class HourglassNetwork(Network):
+    """What networks made of these blocks tell the trainer."""
+
+    _repeated_blocks = ["Block"]  # noqa: RUF012  read by diffusers
+
+    def slow_parameters(self) -> Iterator[nn.Parameter]:
+        """The mapping network and the adaptive scales, which HDiT trains at a third of the rate."""
+        for module in self.modules():
+            if isinstance(module, MappingNetwork) or (isinstance(module, RMSNorm) and module.adaptive):
+                yield from module.parameters()

@@ -22,7 +22,7 @@ from lediflow.networks.velocity import VelocityTransformer
 NAMES = (
     (r"patch_in\.proj\.", "patch_in."),
     (r"time_in_proj\.", "time_in."),
-    (r"class_emb\.", "class_embedding."),
+    (r"class_emb\.", "embedders.label.embedding."),
     (r"mapping\.blocks\.(\d+)\.norm\.", r"mapping.norms.\1."),
     (r"mapping\.blocks\.(\d+)\.(up|down)_proj\.", r"mapping.blocks.\1.\2."),
     (r"(down|up)_levels\.", r"hourglass.\1."),
@@ -87,7 +87,11 @@ def load_k_diffusion(path: str | Path) -> VelocityTransformer:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name.removeprefix("inner_model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # in fp32, for half precision would round the sum that folds the augmentation embedding
+            state = {
+                name.removeprefix("inner_model."): file.get_tensor(name).float()
+                for name in file.keys()  # noqa: SIM118
+            }
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} is not a safetensors file ({error}); make it with k-diffusion's convert_for_inference.py"
@@ -95,7 +99,7 @@ def load_k_diffusion(path: str | Path) -> VelocityTransformer:
     if "config" not in metadata:
         raise UserError(f"{path} has no k-diffusion config; make it with its convert_for_inference.py")
     network = VelocityTransformer(**_sizes(json.loads(metadata["config"])["model"], state, path))
-    network.load_state_dict({name: tensor.float() for name, tensor in convert_weights(state).items()})
+    network.load_state_dict(convert_weights(state))
     return network.eval()
 
 
@@ -145,7 +149,13 @@ def _sizes(model: dict[str, Any], state: Mapping[str, Tensor], path: str | Path)
         "global_levels": len(kinds) - local,
         "mapping_width": mapping_width,
         "mapping_depth": model.get("mapping_depth", 2),
-        # both keep a last row for "no class"
-        "num_classes": len(state["class_emb.weight"]) - 1 if "class_emb.weight" in state else 0,
+        "conditions": _conditions(state),
         "time_bias": True,
     }
+
+
+def _conditions(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The classes, for which both networks keep a last row for "no class"."""
+    if "class_emb.weight" not in state:
+        return {}
+    return {"label": {"embedder": "class", "classes": len(state["class_emb.weight"]) - 1}}

@@ -1,27 +1,44 @@
-"""What both pipelines share: batches of a request, per-image seeds, precision, PIL images, loading."""
+"""What all pipelines share: a request as a stream of batches, per-image seeds, precision, the codec."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from lediflow.codecs import Codec, LatentSpace
-from lediflow.data.images import to_uint8
+from lediflow.codecs import Codec, CodecSpace
+from lediflow.conditions import Conditions
+from lediflow.devices import to_device
 from lediflow.errors import UserError
+from lediflow.fields import Field, guided
+from lediflow.fingerprints import weights_digest
+from lediflow.hub import download_model
+from lediflow.models import built_in
 from lediflow.networks.hourglass import pair
 from lediflow.networks.model import Network, SafetensorsOnly
-from lediflow.ode import check_solver
-from lediflow.pipelines.guidance import ClassLabels, check_labels
-from lediflow.sources import image_noise, put
+from lediflow.networks.text import text_bytes
+from lediflow.pictures import to_pil
+from lediflow.pipelines.labels import (
+    ClassLabels,
+    Clustering,
+    Prompt,
+    check_clusters,
+    check_labels,
+    check_prompt,
+)
+from lediflow.pipelines.strengths import Strength
+from lediflow.sources import image_noise
+
+FORMAT = 2  # of saved pipelines; one of another format is refused
+OutputType = Literal["pil", "pt", "latent"]
 
 
 @dataclass
@@ -29,26 +46,51 @@ class PipelineOutput(BaseOutput):
     """What a pipeline returns.
 
     Attributes:
-        images: list of PIL images, or a tensor (N, C, H, W) in [-1, 1] for output_type="pt", or the codec's
-            latents for "latent".
+        images: list of PIL images, or a tensor (N, C, H, W) in [-1, 1] for output_type="pt", or codec latents
+            for "latent".
         nfe: evaluations of each network that one image took, by the network's name; a guided one, with the
-            class and without, counts as two.
+            class and without, counts as two. Of "dopri5" it is the mean over the images.
     """
 
     images: list[Image.Image] | Tensor = field(default_factory=list)
-    nfe: dict[str, int] = field(default_factory=dict)
+    nfe: dict[str, float] = field(default_factory=dict)
 
 
-class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
-    """Base of the pipelines: a request is cut into batches, and image i depends on (seed, i) only.
+def mean_nfe(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Return the evaluations for one image over batches (images, nfe): whole numbers, save for "dopri5"."""
+    total = sum(count for count, _ in batches)
+    names = batches[0][1] if batches else ()
+    means = {name: sum(count * nfe[name] for count, nfe in batches) / total for name in names}
+    return {name: int(mean) if mean == int(mean) else round(mean, 2) for name, mean in means.items()}
 
-    A flow in a codec's latents has their `latent_space` (a `LatentSpace` as a dict) in its config. The codec
+
+class CodecPipeline(SafetensorsOnly, DiffusionPipeline):
+    """Base of pipelines whose flow carries pixels, or latents of a codec.
+
+    A flow in codec latents has their `codec_space` (a `CodecSpace` as a dict) in its config. The codec
     itself is the optional component `vae`: left out of a run's folder, loaded when images are first asked
     for, and saved by `save_pretrained` from then on, which makes a folder that needs nothing else.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012  what diffusers reads
-    _one_graph: Callable[..., tuple[Tensor, dict[str, int]]] | None = None  # what `compile` made of `_images`
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load a saved pipeline: a folder, a Hub id, or the name of a model in the package, such as "emoji".
+
+        Raises:
+            OSError: there is none, or it has no safetensors weights.
+        """
+        found = built_in(pretrained_model_name_or_path) or pretrained_model_name_or_path
+        return super().from_pretrained(found, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: Any, **kwargs: Any) -> str:
+        """Fetch a saved pipeline from the Hub, for `from_pretrained`; return its folder in the cache.
+
+        diffusers' own refuses parts whose classes are not its own.
+        """
+        return download_model(str(pretrained_model_name), **kwargs)
 
     def load_codec(self, name: str | Path | None = None) -> None:
         """Load the codec of the latents from where it was when they were made, or from `name`.
@@ -56,9 +98,9 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
         Raises:
             UserError: the flow makes pixels, or the codec is not there, or it is another one.
         """
-        if self.config.latent_space is None:
+        if self.config.codec_space is None:
             raise UserError("this model makes pixels; it has no codec")
-        space = LatentSpace.from_dict(self.config.latent_space)
+        space = CodecSpace.from_dict(self.config.codec_space)
         try:
             codec = space.load_codec(device=self.device, name=None if name is None else str(name))
         except UserError as error:
@@ -67,6 +109,42 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
                 "--codec or load_codec(FOLDER), or take the latents with output_type='latent'"
             ) from None
         self.register_modules(vae=codec.model)
+
+    @property
+    def space(self) -> CodecSpace | None:
+        """Of the codec's latents; None where the flow makes pixels."""
+        return None if self.config.codec_space is None else CodecSpace.from_dict(self.config.codec_space)
+
+    def _finish(self, made: Tensor, nfe: dict[str, float], output_type: OutputType) -> PipelineOutput:
+        """Clamp pixels; undo the scale of codec latents, and decode them unless they are what is wanted."""
+        if self.space is None:
+            images = made.clamp(-1, 1)
+        else:
+            images = self.space.denormalize(made)
+            if output_type != "latent":
+                images, nfe = Codec(self.vae).decode(images), {**nfe, "codec": 1}
+        return PipelineOutput(images=to_pil(images) if output_type == "pil" else images, nfe=nfe)
+
+    @staticmethod
+    def _join(batches: Iterator[PipelineOutput]) -> PipelineOutput:
+        """Return all batches of a stream as one output."""
+        outputs = list(batches)
+        parts: list[Any] = [output.images for output in outputs]
+        whole = isinstance(parts[0], Tensor)
+        images = torch.cat(parts) if whole else [image for part in parts for image in part]
+        return PipelineOutput(
+            images=images, nfe=mean_nfe([(len(output.images), output.nfe) for output in outputs])
+        )
+
+
+class ImagePipeline(CodecPipeline):
+    """Base of what makes images: a request is a stream of batches, and image i depends on (seed, i) only."""
+
+    # what diffusers reads
+    _optional_components = ["vae", "clusters", "weak_flow", "weak_sampler"]  # noqa: RUF012
+    _compiled: Callable[..., tuple[Tensor, dict[str, float]]] | None = None  # what `compile` made of `_make`
+
+    # What a pipeline is made of
 
     @abstractmethod
     def settle(
@@ -88,17 +166,229 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
         """
 
     @abstractmethod
-    def _noise(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
+    def _draw(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
         """Draw all that is random in the images `indices` of the request, on the pipeline's device."""
 
     @abstractmethod
-    def _images(
-        self, noise: tuple[Tensor, ...], labels: Tensor | None, *, steps: int, solver: str, **options: Any
-    ) -> tuple[Tensor, dict[str, int]]:
-        """Turn noise into images (N, C, H, W), and count the evaluations of each network.
+    def _make(self, *noise_and_labels: Any, **options: Any) -> tuple[Tensor, dict[str, float]]:
+        """Turn noise into what the flow makes (N, C, H, W), and count the evaluations of each network.
 
+        It takes what `_draw` and `labels_of` give, and solvers, steps and strengths of guidance by name.
         With solver "mean" nothing in it waits for the device; torchdiffeq's solvers compare times there.
         """
+
+    def noise(self, shape: Sequence[int], indices: Sequence[int], seed: int, stream: str) -> Tensor:
+        """Return standard normal noise of the images `indices` of a request, (n, *shape), on the device."""
+        return image_noise(shape, seed=seed, indices=indices, stream=stream, device=self.device)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the flow makes: images, or codec latents."""
+        config = self.flow.config
+        return (config.in_channels, *pair(config.sample_size))
+
+    def digest(self) -> str:
+        """Return a digest of all weights but the codec's, which tells retrained models apart."""
+        parts = [part for name, part in self.components.items() if name != "vae"]
+        return weights_digest(*(part for part in parts if isinstance(part, nn.Module)))
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes that had images, in their order; empty where there are none or no names."""
+        names = self.config.get("id2label") or {}
+        return [names[index] for index in sorted(names, key=int)]
+
+    def labels_of(
+        self,
+        indices: Sequence[int],
+        class_labels: ClassLabels = None,
+        *,
+        cluster: Clustering = None,
+        prompt: Prompt = None,
+        seed: int = 0,
+    ) -> Conditions:
+        """Return classes, clusters and texts of the images `indices` of a request, of those the model has.
+
+        Beside a prompt an image has a class and a cluster only where they are asked for.
+
+        Args:
+            indices: of the images.
+            class_labels: classes, which they take in turn; None for all.
+            cluster: clusters, likewise; None draws image i's by (seed, i), as often as in training images.
+            prompt: texts, likewise; None for no text, as is one without words.
+            seed: of the request.
+
+        Raises:
+            UserError: see `labels.check_labels`, `labels.check_clusters` and `labels.check_prompt`.
+        """
+        reader = self.reader
+        prompts = check_prompt(prompt, reader)
+        turn = check_labels(class_labels, self.flow.classes(), self.config.get("id2label"))
+        clusters = check_clusters(cluster, self.clusters)
+        if prompts and class_labels is None:
+            turn = []
+        whole = torch.long  # also of no image
+        label = torch.tensor([turn[i % len(turn)] for i in indices], dtype=whole) if turn else None
+        found = None
+        if clusters:
+            found = torch.tensor([clusters[i % len(clusters)] for i in indices], dtype=whole)
+        elif self.clusters is not None and not prompts:
+            normal = image_noise((1,), seed=seed, indices=indices, stream="cluster")
+            found = self.clusters.draw(torch.special.ndtr(normal[:, 0]), label)
+        texts = [prompts[i % len(prompts)] for i in indices] if prompts else []
+        return Conditions(
+            label=None if label is None else to_device(label, self.device),
+            cluster=None if found is None else to_device(found, self.device),
+            text=to_device(text_bytes(texts, reader.config.conditions["text"]["length"]), self.device)
+            if prompts
+            else None,
+        )
+
+    @property
+    def reader(self) -> Any:
+        """The network that is told texts; None for a model without."""
+        networks = (self.components.get(name) for name in ("flow", "sampler"))
+        return next((n for n in networks if n is not None and "text" in (n.config.conditions or ())), None)
+
+    # Guidance
+
+    def strengths(self) -> dict[str, Strength]:
+        """What guides this pipeline's networks, by the name of the argument that says how strongly."""
+        return {
+            "guidance": Strength(self.flow, "guidance"),
+            "autoguidance": Strength(self.flow, "autoguidance", self.weak_flow, "weak-flow"),
+        }
+
+    def settle_strengths(
+        self, *, labels: Sequence[str] | None = None, **asked: float | None
+    ) -> dict[str, float]:
+        """Return the strength of every guidance; None stands for the best found in training, or 1, for none.
+
+        Args:
+            labels: names of the conditions that the images have, such as "label"; None for all. A network
+                that is told none of them has nothing to guide by.
+            asked: by name.
+
+        Raises:
+            UserError: a strength that this model cannot have.
+        """
+        known, best = self.strengths(), self.config.get("strengths") or {}
+        if labels is not None:
+            best = {name: value for name, value in best.items() if known[name].guides_by(labels)}
+        settled: dict[str, float] = {}
+        for name, strength in known.items():
+            value = asked.get(name)
+            settled[name] = best.get(name, 1.0) if value is None else value
+            strength.check(name, settled[name])
+        return settled
+
+    def field(
+        self,
+        network: Any,
+        conditions: Conditions,
+        guidance: float = 1.0,
+        autoguidance: float = 1.0,
+        weak: Any = None,
+        count: int | None = None,
+    ) -> Field:
+        """Return the field of a network, guided (see `fields.guided`).
+
+        A network that has learned its guidance is told the strength, and takes one evaluation.
+
+        Args:
+            network: flow or latent sampler.
+            conditions: a row for each image; those that the network does not have are left out.
+            guidance: by class, cluster and text.
+            autoguidance: away from `weak`.
+            weak: the worse network.
+            count: of images; None where a condition tells it.
+
+        Raises:
+            UserError: guidance without classes, clusters and texts.
+        """
+        told = network.config.get("conditions") or {}
+        asked, rest = {"guidance": guidance, "autoguidance": autoguidance}, {}
+        count = len(next(iter(conditions.values()), ())) if count is None else count
+        for name, value in asked.items():
+            if name in told and count:
+                strength = torch.full((count,), value, device=self.device)
+                conditions = conditions.also(**{name: strength})
+            else:
+                rest[name] = value
+        conditions = conditions.only(told)
+        if rest.get("guidance", 1) != 1 and not conditions.labels:
+            raise UserError(
+                f"guidance {guidance:g} needs a class, cluster or text that the network is told, and there "
+                "is none; leave it at 1"
+            )
+        return guided(network, conditions, drop=conditions.labels, weak=weak, **rest)
+
+    # A request
+
+    @torch.no_grad()
+    def stream(
+        self,
+        num_images: int = 1,
+        *,
+        seed: int = 0,
+        first_image: int = 0,
+        batch_size: int = 64,
+        dtype: torch.dtype | None = None,
+        output_type: OutputType = "pil",
+        class_labels: ClassLabels = None,
+        cluster: Clustering = None,
+        prompt: Prompt = None,
+        **options: Any,
+    ) -> Iterator[PipelineOutput]:
+        """Make images and hand over each batch as soon as it is finished; arguments as in `__call__`.
+
+        However many images are asked for, memory holds one batch.
+
+        Raises:
+            UserError: when the first batch is asked for; see `__call__`.
+        """
+        strengths = {name: options.pop(name) for name in [*options] if name.endswith("guidance")}
+        told: dict[str, Any] = {"class_labels": class_labels, "cluster": cluster, "prompt": prompt}
+        options = self.settle(**options)
+        self.check_request(num_images, batch_size=batch_size, output_type=output_type, **told)
+        options |= self.settle_strengths(labels=self.labels_of([], **told).labels, **strengths)
+        if self.config.codec_space and self.vae is None and output_type != "latent":
+            self.load_codec()
+        wanted = range(first_image, first_image + num_images)
+        with self.progress_bar(total=num_images) as bar:
+            for start in range(0, num_images, batch_size):
+                indices = wanted[start : start + batch_size]
+                noise = self._draw(indices, seed)
+                labels = self.labels_of(indices, **told, seed=seed)
+                with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                    made, nfe = self._run(noise, labels, options)
+                yield self._finish(made.float(), nfe, output_type)
+                bar.update(len(indices))
+
+    def check_request(
+        self,
+        num_images: int = 1,
+        *,
+        batch_size: int = 64,
+        output_type: str = "pil",
+        class_labels: ClassLabels = None,
+        cluster: Clustering = None,
+        prompt: Prompt = None,
+    ) -> None:
+        """Refuse a request that cannot work, before anything is made.
+
+        Raises:
+            UserError: counts below 1, an unknown output type, class or cluster, or a prompt that is no use.
+        """
+        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        known = ("pil", "pt", "latent") if self.config.codec_space else ("pil", "pt")
+        if output_type not in known:
+            raise UserError(f"output_type must be {' or '.join(map(repr, known))}, not {output_type!r}")
+        self.labels_of([], class_labels, cluster=cluster, prompt=prompt)
+
+    # Compiling
 
     def compile(self, **options: Any) -> None:
         """Compile what turns noise into images, in place; the first request then takes a minute or more.
@@ -114,142 +404,19 @@ class ImagePipeline(SafetensorsOnly, DiffusionPipeline):
                 networks is not, for a solver needs their results longer than a CUDA graph keeps them.
         """
         mode = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
-        self._one_graph = torch.compile(self._images, **mode | options)
+        self._compiled = torch.compile(self._make, **mode | options)
         for name, network in self.components.items():
             if isinstance(network, Network):
                 # the decoder is not its module's forward, but its blocks are nearly all of it
                 network.compile_as("blocks" if name == "auxiliary" else "model", **options)
 
-    def _generate(
-        self, indices: Sequence[int], *, seed: int, class_labels: ClassLabels, **options: Any
-    ) -> tuple[Tensor, dict[str, int]]:
-        """Make the images `indices` of the request; return them and the evaluations of each network."""
-        labels = self.labels_of(indices, class_labels)
-        noise = self._noise(indices, seed)
-        if self._one_graph is None or {options["solver"], options.get("latent_solver", "mean")} != {"mean"}:
-            return self._images(noise, labels, **options)
-        for x in (*noise, labels):
-            if x is not None and len(x) > 1:
+    def _run(
+        self, noise: tuple[Tensor, ...], labels: Conditions, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Call `_make`, or what it was compiled to where the solvers let it be one graph."""
+        if self._compiled is None or {options["solver"], options.get("latent_solver", "mean")} != {"mean"}:
+            return self._make(noise, labels, **options)
+        for x in (*noise, *labels.values()):
+            if len(x) > 1:
                 torch._dynamo.maybe_mark_dynamic(x, 0)
-        return self._one_graph(noise, labels, **options)
-
-    def _draw(self, shape: Sequence[int], indices: Sequence[int], seed: int, stream: str) -> Tensor:
-        return image_noise(shape, seed=seed, indices=indices, stream=stream, device=self.device)
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the flow makes: images, or a codec's latents."""
-        config = self.flow.config
-        return (config.in_channels, *pair(config.sample_size))
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes in their order, empty where there are none or they are not known."""
-        names = self.config.get("id2label") or {}
-        return [names[str(i)] for i in range(len(names))]
-
-    def labels_of(self, indices: Sequence[int], class_labels: ClassLabels) -> Tensor | None:
-        """Return the classes of the images `indices` of a request, (n,), or None for a model without.
-
-        Raises:
-            UserError: see `guidance.check_labels`.
-        """
-        turn = check_labels(class_labels, self.flow.num_classes, self.config.get("id2label"))
-        if not turn:
-            return None
-        return put(torch.tensor([turn[i % len(turn)] for i in indices]), self.device)
-
-    def no_class(self, count: int) -> Tensor | None:
-        """Return "no class" for `count` images, (count,), or None for a model without classes."""
-        classes = self.flow.num_classes
-        return torch.full((count,), classes, device=self.device) if classes else None
-
-    @torch.no_grad()
-    def _request(
-        self,
-        num_images: int,
-        *,
-        first_image: int,
-        steps: int,
-        solver: str,
-        seed: int,
-        batch_size: int,
-        dtype: torch.dtype | None,
-        output_type: Literal["pil", "pt", "latent"],
-        **options: Any,
-    ) -> PipelineOutput:
-        check_solver(solver, steps)
-        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
-        space = self.config.latent_space
-        known = ("pil", "pt", "latent") if space else ("pil", "pt")
-        if output_type not in known:
-            raise UserError(f"output_type must be {' or '.join(map(repr, known))}, not {output_type!r}")
-        if space and self.vae is None and output_type != "latent":
-            self.load_codec()
-        images = []
-        wanted = range(first_image, first_image + num_images)
-        with self.progress_bar(total=num_images) as bar:
-            for start in range(0, num_images, batch_size):
-                indices = wanted[start : start + batch_size]
-                with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-                    batch, nfe = self._generate(indices, seed=seed, steps=steps, solver=solver, **options)
-                images.append(self._visible(batch.float(), nfe, output_type))
-                bar.update(len(indices))
-        joined = torch.cat(images)
-        return PipelineOutput(images=to_pil(joined) if output_type == "pil" else joined, nfe=nfe)
-
-    def _visible(self, batch: Tensor, nfe: dict[str, int], output_type: str) -> Tensor:
-        """Clamp pixels; undo the scale of latents, and decode them unless they are what is wanted."""
-        if self.config.latent_space is None:
-            return batch.clamp(-1, 1)
-        latents = LatentSpace.from_dict(self.config.latent_space).denormalize(batch)
-        if output_type == "latent":
-            return latents
-        nfe["codec"] = 1
-        return Codec(self.vae).decode(latents)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Turn images (N, C, H, W) in [-1, 1], C 1 or 3, into PIL images of mode L or RGB."""
-    arrays = to_uint8(images).movedim(1, -1).cpu().numpy()
-    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
-
-
-def load_pipeline(model: str | Path, **kwargs: Any) -> ImagePipeline:
-    """Load MODEL: a run folder, a stage folder with a pipeline, a saved pipeline, or a Hub id.
-
-    Raises:
-        UserError: there is no such folder, or it has no weights, or they are damaged.
-    """
-    from lediflow.pipelines.flow_matching import FlowMatchingPipeline
-    from lediflow.pipelines.lediflow import LeDiFlowPipeline
-
-    path = Path(model)
-    if not path.exists() and (path.is_absolute() or str(model).count("/") != 1):
-        raise UserError(
-            f"no model {model}: give a run folder, a saved pipeline folder, or a Hub id owner/name"
-        )
-    source: str | Path = model
-    if path.exists():
-        folders = [f for f in (path, path / "pipeline") if (f / "model_index.json").is_file()]
-        if not folders:
-            raise UserError(
-                f"{model} has no trained pipeline (no model_index.json in it or in its pipeline folder); "
-                "train all of auxiliary, flow and sampler first, or name RUN/baseline for plain flow matching"
-            )
-        source = folders[0]
-    classes = {c.__name__: c for c in (LeDiFlowPipeline, FlowMatchingPipeline)}
-    try:
-        name = DiffusionPipeline.load_config(source)["_class_name"]
-        if name not in classes:
-            raise UserError(f"{model} is a {name}, not one of {', '.join(classes)}")
-        logging.disable_progress_bar()  # reading a folder takes a blink
-        return classes[name].from_pretrained(source, **kwargs)
-    except UserError:
-        raise
-    except Exception as error:  # diffusers, the Hub and safetensors each raise their own kinds
-        raise UserError(f"cannot load {model}: {str(error).splitlines()[0]}") from error
-    finally:
-        logging.enable_progress_bar()
+        return self._compiled(noise, labels, **options)

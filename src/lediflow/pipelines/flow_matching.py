@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from torch import Tensor
 
 from lediflow import ode
+from lediflow.errors import UserError
+from lediflow.networks.clusters import Clusters
 from lediflow.networks.velocity import VelocityTransformer
-from lediflow.pipelines.base import ImagePipeline, PipelineOutput
-from lediflow.pipelines.guidance import ClassLabels, settle_solver, velocity_field
+from lediflow.pipelines.base import FORMAT, OutputType, PipelineOutput
+from lediflow.pipelines.inpainting import Inpainting
+from lediflow.pipelines.labels import ClassLabels, Clustering, Prompt
+from lediflow.pipelines.strengths import Strength
 
 
-class FlowMatchingPipeline(ImagePipeline):
+class FlowMatchingPipeline(Inpainting):
     """Plain flow matching (rectified flow objective) from Gaussian noise.
 
     Args:
         flow: the velocity network, without z.
         vae: codec of the latents, where the flow carries latents; None loads it when it is needed.
-        latent_space: a `LatentSpace` as a dict; None for a flow of pixels.
+        codec_space: a `CodecSpace` as a dict; None for a flow of pixels.
         id2label: name of each class by its index as a string, for a model with classes.
+        clusters: of z, where the flow is told an image's cluster.
+        weak_flow: a worse flow, for autoguidance.
+        strengths: of guidance, by the names of the arguments of `__call__`, where None is asked for.
+        format: of the saved pipeline, which is always the one that this version writes.
     """
-
-    model_cpu_offload_seq = "flow->vae"
 
     def __init__(
         self,
         flow: VelocityTransformer,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
-        latent_space: dict[str, Any] | None = None,
+        codec_space: dict[str, Any] | None = None,
         id2label: dict[str, str] | None = None,
+        clusters: Clusters | None = None,
+        weak_flow: VelocityTransformer | None = None,
+        strengths: dict[str, float] | None = None,
+        format: int = FORMAT,
     ):
         super().__init__()
-        self.register_modules(flow=flow, vae=vae)
-        self.register_to_config(latent_space=latent_space, id2label=id2label)
+        self.register_modules(flow=flow, vae=vae, clusters=clusters, weak_flow=weak_flow)
+        self.register_to_config(
+            codec_space=codec_space, id2label=id2label, strengths=strengths, format=FORMAT
+        )
 
     def __call__(
         self,
@@ -45,12 +55,15 @@ class FlowMatchingPipeline(ImagePipeline):
         steps: int | None = None,
         solver: str | None = None,
         class_labels: ClassLabels = None,
-        guidance: float = 1.0,
+        cluster: Clustering = None,
+        prompt: Prompt = None,
+        guidance: float | None = None,
+        autoguidance: float | None = None,
         seed: int = 0,
         first_image: int = 0,
         batch_size: int = 64,
         dtype: torch.dtype | None = None,
-        output_type: Literal["pil", "pt", "latent"] = "pil",
+        output_type: OutputType = "pil",
     ) -> PipelineOutput:
         """Make images; arguments as in `LeDiFlowPipeline`, without a latent sampler.
 
@@ -60,32 +73,49 @@ class FlowMatchingPipeline(ImagePipeline):
             A `PipelineOutput`; its nfe has the key flow, and codec for decoded latents.
 
         Raises:
-            UserError: unknown solver or class, guidance without classes, steps, num_images or batch_size
-                below 1, or no codec for the latents.
+            UserError: unknown solver, class or cluster, a prompt for a model without texts, guidance that the
+                model cannot have, steps, num_images or batch_size below 1, or no codec for the latents.
         """
-        return self._request(
-            num_images,
-            first_image=first_image,
-            **self.settle(solver=solver, steps=steps),
-            seed=seed,
-            batch_size=batch_size,
-            dtype=dtype,
-            output_type=output_type,
-            class_labels=class_labels,
-            guidance=guidance,
+        return self._join(
+            self.stream(
+                num_images,
+                solver=solver,
+                steps=steps,
+                class_labels=class_labels,
+                cluster=cluster,
+                prompt=prompt,
+                guidance=guidance,
+                autoguidance=autoguidance,
+                seed=seed,
+                first_image=first_image,
+                batch_size=batch_size,
+                dtype=dtype,
+                output_type=output_type,
+            )
         )
 
     def settle(self, *, solver=None, steps=None, latent_solver=None, latent_steps=None):
         """Solver and steps; there is no latent sampler."""
-        solver, steps = settle_solver(self.flow, solver, steps, 8)
+        solver, steps = ode.settle_solver(self.flow, solver, steps, 8)
         return {"solver": solver, "steps": steps}
 
-    def _noise(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
-        return (self._draw(self.sample_shape, indices, seed, "x"),)
+    def _draw(self, indices, seed):
+        return (self.noise(self.sample_shape, indices, seed, "x"),)
 
-    def _images(
-        self, noise: tuple[Tensor, ...], labels: Tensor | None, *, steps: int, solver: str, **options: Any
-    ) -> tuple[Tensor, dict[str, int]]:
-        field, evaluations = velocity_field(self.flow, None, labels, options["guidance"])
+    def strengths(self):
+        """Guidance of the flow."""
+        weak = Strength(self.flow, "autoguidance", self.weak_flow, "weak-baseline")
+        return {**super().strengths(), "autoguidance": weak}
+
+    def _source(self, y, indices, seed, labels, *, strength=0.0, constant_noise=False, **_latent):
+        """x ~ N(0, 1), whatever the picture is."""
+        if strength or constant_noise:
+            raise UserError(
+                "plain flow matching has no latent z to change: leave strength at 0 and constant_noise out"
+            )
+        return self.noise(self.sample_shape, indices, seed, "x"), labels, {}
+
+    def _make(self, noise, labels, *, steps, solver, guidance=1.0, autoguidance=1.0):
+        field = self.field(self.flow, labels, guidance, autoguidance, self.weak_flow)
         solution = ode.integrate(field, noise[0], steps=steps, solver=solver)
-        return solution.end, {"flow": solution.nfe * evaluations}
+        return solution.end, {"flow": solution.nfe}

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from lediflow import ode
+from lediflow.conditions import NOTHING, Conditions
 from lediflow.errors import UserError
+from lediflow.gaussian import DiagonalGaussian
 from lediflow.networks.auxiliary import AuxiliaryModel
+from lediflow.networks.clusters import Clusters
 from lediflow.networks.velocity import VelocityTransformer
-from lediflow.pipelines.base import ImagePipeline, PipelineOutput
-from lediflow.pipelines.guidance import ClassLabels, settle_solver, velocity_field
+from lediflow.pipelines.anonymize import Anonymizing
+from lediflow.pipelines.base import FORMAT, OutputType, PipelineOutput
+from lediflow.pipelines.editing import Editing
+from lediflow.pipelines.labels import ClassLabels, Clustering, Prompt
+from lediflow.pipelines.strengths import Strength
 
 
-class LeDiFlowPipeline(ImagePipeline):
+class LeDiFlowPipeline(Anonymizing, Editing):
     """Flow matching that starts at the learned prior (LeDiFlow, arXiv 2505.20723).
 
     Args:
@@ -25,11 +30,14 @@ class LeDiFlowPipeline(ImagePipeline):
         flow: theta_FM.
         sampler: theta_L.
         vae: codec of the latents, where the flow carries latents; None loads it when it is needed.
-        latent_space: a `LatentSpace` as a dict; None for a flow of pixels.
+        codec_space: a `CodecSpace` as a dict; None for a flow of pixels.
         id2label: name of each class by its index as a string, for a model with classes.
+        clusters: of z, where flow or sampler are told an image's cluster.
+        weak_flow: a worse flow, for autoguidance.
+        weak_sampler: a worse latent sampler, for autoguidance.
+        strengths: of guidance, by the names of the arguments of `__call__`, where None is asked for.
+        format: of the saved pipeline, which is always the one that this version writes.
     """
-
-    model_cpu_offload_seq = "sampler->auxiliary->flow->vae"
 
     def __init__(
         self,
@@ -37,12 +45,27 @@ class LeDiFlowPipeline(ImagePipeline):
         flow: VelocityTransformer,
         sampler: VelocityTransformer,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
-        latent_space: dict[str, Any] | None = None,
+        codec_space: dict[str, Any] | None = None,
         id2label: dict[str, str] | None = None,
+        clusters: Clusters | None = None,
+        weak_flow: VelocityTransformer | None = None,
+        weak_sampler: VelocityTransformer | None = None,
+        strengths: dict[str, float] | None = None,
+        format: int = FORMAT,
     ):
         super().__init__()
-        self.register_modules(auxiliary=auxiliary, flow=flow, sampler=sampler, vae=vae)
-        self.register_to_config(latent_space=latent_space, id2label=id2label)
+        self.register_modules(
+            auxiliary=auxiliary,
+            flow=flow,
+            sampler=sampler,
+            vae=vae,
+            clusters=clusters,
+            weak_flow=weak_flow,
+            weak_sampler=weak_sampler,
+        )
+        self.register_to_config(
+            codec_space=codec_space, id2label=id2label, strengths=strengths, format=FORMAT
+        )
 
     def __call__(
         self,
@@ -53,13 +76,17 @@ class LeDiFlowPipeline(ImagePipeline):
         solver: str | None = None,
         latent_solver: str | None = None,
         class_labels: ClassLabels = None,
-        guidance: float = 1.0,
-        latent_guidance: float = 1.0,
+        cluster: Clustering = None,
+        prompt: Prompt = None,
+        guidance: float | None = None,
+        latent_guidance: float | None = None,
+        autoguidance: float | None = None,
+        latent_autoguidance: float | None = None,
         seed: int = 0,
         first_image: int = 0,
         batch_size: int = 64,
         dtype: torch.dtype | None = None,
-        output_type: Literal["pil", "pt", "latent"] = "pil",
+        output_type: OutputType = "pil",
     ) -> PipelineOutput:
         """Make images.
 
@@ -73,10 +100,19 @@ class LeDiFlowPipeline(ImagePipeline):
                 `solver`, or "midpoint" where that is "mean".
             class_labels: one class or several, by index or name, which the images take in turn: image i is of
                 class_labels[i % len(class_labels)]. None for all classes in turn.
-            guidance: of the flow model, 1 for none; any other value takes two evaluations a call.
+            cluster: one cluster of z or several, which the images take in turn; None draws image i's by
+                (seed, i), as often as the training images had it.
+            prompt: one text or several, which the images take in turn, for a model that was trained with
+                texts; image i then has a class and a cluster only where they are asked for. None, and a text
+                without words, for no text.
+            guidance: of the flow model by class, cluster and text; 1 for none, None for the best that
+                training found, or 1. A network that has learned its guidance takes one evaluation, another
+                takes two.
             latent_guidance: of the latent sampler, likewise.
+            autoguidance: of the flow model, away from a worse one (arXiv 2406.02507); likewise.
+            latent_autoguidance: of the latent sampler, likewise.
             seed: of the request; image i depends on (seed, i) only.
-            first_image: index i of the first image, to go on with an earlier request.
+            first_image: index i of the first image, to extend an earlier request.
             batch_size: images at a time.
             dtype: autocast to torch.bfloat16 or torch.float16; None computes as the weights are.
             output_type: "pil", or "pt" for a tensor (N, C, H, W) in [-1, 1], or "latent" for the codec's
@@ -87,23 +123,29 @@ class LeDiFlowPipeline(ImagePipeline):
             A guided evaluation counts as two, with the class and without.
 
         Raises:
-            UserError: unknown solver or class, guidance without classes, steps, num_images or batch_size
-                below 1, or no codec for the latents.
+            UserError: unknown solver, class or cluster, a prompt for a model without texts, guidance that the
+                model cannot have, steps, num_images or batch_size below 1, or no codec for the latents.
         """
-        settled = self.settle(
-            solver=solver, steps=steps, latent_solver=latent_solver, latent_steps=latent_steps
-        )
-        return self._request(
-            num_images,
-            first_image=first_image,
-            **settled,
-            seed=seed,
-            batch_size=batch_size,
-            dtype=dtype,
-            output_type=output_type,
-            class_labels=class_labels,
-            guidance=guidance,
-            latent_guidance=latent_guidance,
+        return self._join(
+            self.stream(
+                num_images,
+                solver=solver,
+                steps=steps,
+                latent_solver=latent_solver,
+                latent_steps=latent_steps,
+                class_labels=class_labels,
+                cluster=cluster,
+                prompt=prompt,
+                guidance=guidance,
+                latent_guidance=latent_guidance,
+                autoguidance=autoguidance,
+                latent_autoguidance=latent_autoguidance,
+                seed=seed,
+                first_image=first_image,
+                batch_size=batch_size,
+                dtype=dtype,
+                output_type=output_type,
+            )
         )
 
     def settle(self, *, solver=None, steps=None, latent_solver=None, latent_steps=None):
@@ -116,8 +158,8 @@ class LeDiFlowPipeline(ImagePipeline):
             )
         if latent_solver is None and not self.sampler.average_velocity:
             latent_solver = None if solver == "mean" else solver
-        solver, steps = settle_solver(self.flow, solver, steps, 2)
-        latent_solver, latent_steps = settle_solver(self.sampler, latent_solver, latent_steps, 4)
+        solver, steps = ode.settle_solver(self.flow, solver, steps, 2)
+        latent_solver, latent_steps = ode.settle_solver(self.sampler, latent_solver, latent_steps, 4)
         return {
             "solver": solver,
             "steps": steps,
@@ -125,24 +167,144 @@ class LeDiFlowPipeline(ImagePipeline):
             "latent_steps": latent_steps,
         }
 
-    def _noise(self, indices: Sequence[int], seed: int) -> tuple[Tensor, ...]:
-        w = self._draw(self.auxiliary.latent_shape, indices, seed, "w")
-        return w, self._draw(self.sample_shape, indices, seed, "x")
+    def strengths(self):
+        """Guidance of flow and latent sampler."""
+        return {
+            **super().strengths(),
+            "latent_guidance": Strength(self.sampler, "guidance"),
+            "latent_autoguidance": Strength(self.sampler, "autoguidance", self.weak_sampler, "weak-sampler"),
+        }
 
-    def _images(
-        self, noise: tuple[Tensor, ...], labels: Tensor | None, *, steps: int, solver: str, **options: Any
-    ) -> tuple[Tensor, dict[str, int]]:
+    # The parts of the way from noise to image, each for itself
+
+    def encode(self, y: Tensor) -> DiagonalGaussian:
+        """Return q(z|y), (N, c, h, w), for images y (N, C, H, W) in [-1, 1], or normalised codec latents."""
+        return self.auxiliary.encode(y)
+
+    def sample_z(
+        self,
+        w: Tensor,
+        labels: Conditions = NOTHING,
+        *,
+        steps: int | None = None,
+        solver: str | None = None,
+        guidance: float | None = None,
+        autoguidance: float | None = None,
+    ) -> ode.Solution:
+        """Carry w ~ N(0, 1), (N, c, h, w), to z; the solution's `end` is z as `prior` takes it.
+
+        Args:
+            w: preimages of z.
+            labels: classes, a row for each image (`labels_of`).
+            steps: of the latent sampler; None for 4, or 1 with "mean".
+            solver: None for "mean" where the sampler has an average velocity, else "midpoint".
+            guidance: `latent_guidance` of `__call__`.
+            autoguidance: `latent_autoguidance` of `__call__`.
+        """
+        solver, steps = ode.settle_solver(self.sampler, solver, steps, 4)
+        settled = self.settle_strengths(
+            labels=labels.labels, latent_guidance=guidance, latent_autoguidance=autoguidance
+        )
+        field = self.field(
+            self.sampler,
+            labels,
+            settled["latent_guidance"],
+            settled["latent_autoguidance"],
+            self.weak_sampler,
+            count=len(w),
+        )
+        solution = ode.integrate(field, w, steps=steps, solver=solver)
+        return ode.Solution(self.auxiliary.unstandardize(solution.end), solution.nfe, None, solution.times)
+
+    def invert_z(
+        self, z: Tensor, labels: Conditions = NOTHING, *, steps: int = 16, solver: str = "midpoint"
+    ) -> ode.Solution:
+        """Carry z (N, c, h, w) back to w, the solution's `end`: the latent sampler's ODE in reverse.
+
+        Args:
+            z: as `prior` takes it.
+            labels: classes, a row for each image.
+            steps: of the solver.
+            solver: any but "mean", which has no reverse.
+        """
+        field = self.field(self.sampler, labels)
+        return ode.integrate(field, self.auxiliary.standardize(z), steps=steps, solver=solver, reverse=True)
+
+    def of_cluster(self, labels: Conditions, z: Tensor) -> Conditions:
+        """Return labels with the cluster of each z (N, c, h, w); as they are for a model without clusters."""
+        if self.clusters is None:
+            return labels
+        return labels.also(cluster=self.clusters.assign(self.auxiliary.standardize(z)))
+
+    def prior(self, z: Tensor) -> DiagonalGaussian:
+        """Return the learned prior P_L (eq. 3), (N, C, H, W), for z (N, c, h, w)."""
+        return self.auxiliary.decode(z)
+
+    def carry(
+        self,
+        x: Tensor,
+        z: Tensor,
+        labels: Conditions = NOTHING,
+        *,
+        steps: int | None = None,
+        solver: str | None = None,
+        guidance: float | None = None,
+        autoguidance: float | None = None,
+    ) -> ode.Solution:
+        """Carry x ~ P_L (N, C, H, W) to the image, the solution's `end`, not clamped.
+
+        Args:
+            x: source samples.
+            z: auxiliary latents that they were drawn at.
+            labels: classes, a row for each image; nothing for the velocity without a class.
+            steps: of the flow; None for 2, or 1 with "mean".
+            solver: None for "mean" where the flow has an average velocity, else "midpoint".
+            guidance: see `__call__`.
+            autoguidance: see `__call__`.
+        """
+        solver, steps = ode.settle_solver(self.flow, solver, steps, 2)
+        settled = self.settle_strengths(labels=labels.labels, guidance=guidance, autoguidance=autoguidance)
+        field = self.field(
+            self.flow, labels.also(z=z), settled["guidance"], settled["autoguidance"], self.weak_flow
+        )
+        return ode.integrate(field, x, steps=steps, solver=solver)
+
+    def _draw(self, indices, seed):
+        w = self.noise(self.auxiliary.z_shape, indices, seed, "w")
+        return w, self.noise(self.sample_shape, indices, seed, "x")
+
+    def _make(
+        self,
+        noise,
+        labels,
+        *,
+        steps,
+        solver,
+        latent_steps,
+        latent_solver,
+        guidance=None,
+        latent_guidance=None,
+        autoguidance=None,
+        latent_autoguidance=None,
+    ):
         """w -> z -> P_L -> x -> y."""
         w, noise_x = noise
-        field, latent_evaluations = velocity_field(self.sampler, None, labels, options["latent_guidance"])
-        latent = ode.integrate(field, w, steps=options["latent_steps"], solver=options["latent_solver"])
-        z = self.auxiliary.unstandardize(latent.end)
-
-        x = self.auxiliary.decode(z).at(noise_x)
-        field, evaluations = velocity_field(self.flow, z, labels, options["guidance"])
-        image = ode.integrate(field, x, steps=steps, solver=solver)
-        return image.end, {
-            "sampler": latent.nfe * latent_evaluations,
-            "decoder": 1,
-            "flow": image.nfe * evaluations,
-        }
+        latent = self.sample_z(
+            w,
+            labels,
+            steps=latent_steps,
+            solver=latent_solver,
+            guidance=latent_guidance,
+            autoguidance=latent_autoguidance,
+        )
+        x = self.prior(latent.end).at(noise_x)
+        image = self.carry(
+            x,
+            latent.end,
+            labels,
+            steps=steps,
+            solver=solver,
+            guidance=guidance,
+            autoguidance=autoguidance,
+        )
+        return image.end, {"sampler": latent.nfe, "decoder": 1, "flow": image.nfe}

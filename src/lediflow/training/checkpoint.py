@@ -5,13 +5,14 @@ weights, and buffers: what is used afterwards), ema-NAME.safetensors for each fu
 optimizer.safetensors, and state.json. Images, noise and learning rate of a step follow from the seed, the
 step and the count of rollbacks in state.json, so no other random state is needed; a stream of images also has
 its position there, for each process. Tensors are whole, also when training held them in shards: any number of
-processes can go on.
+processes can resume.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,31 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, error) from None
 
 
+def check_agreement(folder: Path, must_agree: Mapping[str, Any], stage: str) -> None:
+    """Refuse to continue the checkpoint `folder` with something else than it was trained with.
+
+    Args:
+        folder: of the checkpoint.
+        must_agree: what is so now, by its key in state.json.
+        stage: its name.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    saved = load_state(folder)
+    for key, value in must_agree.items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"{folder} was trained with another {key} ({saved.get(key)}, now {value}); use --no-resume "
+                f"to train stage {stage} again"
+            )
+
+
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Read one safetensors file of the checkpoint `folder`.
 
     Raises:
-        UserError: it is missing or cut short; the message says how to go on.
+        UserError: it is missing or cut short; the message says how to continue.
     """
     try:
         return load_file(folder / name)
@@ -94,7 +115,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def _damaged(folder: Path, error: Exception) -> UserError:
     earlier = [s for s in steps_on_disk(folder.parent) if folder.parent / f"step-{s}" != folder]
-    advice = f"to go on from step {earlier[-1]}" if earlier else "to start this stage again"
+    advice = f"to resume from step {earlier[-1]}" if earlier else "to start this stage again"
     return UserError(f"checkpoint {folder} is damaged or cut short ({error}); delete that folder {advice}")
 
 

@@ -1,129 +1,50 @@
 """Every setting of a run, typed. A config comes from a preset or a YAML file plus `--set a.b=c`.
 
-An unknown key, a wrong type or an impossible value is refused by name, with the nearest valid name.
+An unknown key, a wrong type or an impossible value is refused by name, with the nearest valid name. A preset
+or file may start from another with `extends`. This file imports no torch, for the command line reads it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, field_validator
 
+from lediflow.choices import Compile, Precision, Tracker
 from lediflow.errors import UserError, nearest
-from lediflow.precision import Precision
-from lediflow.training.stage_config import (
-    STAGES,
-    AuxiliaryStageConfig,
+from lediflow.training.settings import (
+    AuxiliaryConfig,
+    AverageConfig,
+    ClustersConfig,
+    CodecConfig,
     Count,
-    CoupledStageConfig,
-    DistillStageConfig,
-    FlowStageConfig,
+    DataConfig,
+    FlowConfig,
     Positive,
-    PriorMeanFlowStageConfig,
+    SamplerConfig,
     Section,
-    SourceMeanFlowStageConfig,
-    StageConfig,
-    StageName,
-    section,
+    TextConfig,
 )
+from lediflow.training.stages import SECTIONS, STAGES, StageSpec, check_stage, in_order
+from lediflow.training.upsampler_settings import UpsamplerConfig
 
-Size = Positive | tuple[Positive, Positive]
-
-
-class DataConfig(Section):
-    """Which images, and how they are brought to size."""
-
-    train: str | None = Field(
-        None,
-        description="folder of images, Parquet, Arrow or tar files, Hub dataset owner/name[:config], "
-        "'digits', or with a codec the folder that `lediflow encode` wrote",
-    )
-    validation: str | None = Field(None, description="held-out images; default: the split of that name")
-    image_size: Positive = Field(32, description="side of the square images, pixels")
-    channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for RGB")
-    classes: Count = Field(0, description="number of classes; 0 trains without labels")
-    crop: Literal["center", "random"] = Field("center", description="which square of an oblong image")
-    flip: bool = Field(True, description="mirror half of the images")
-    streaming: bool = Field(False, description="read in the order of storage, for sets too large to index")
-    shuffle_block: Positive = Field(1000, description="stored images a worker shuffles at a time, streaming")
-    workers: Count = Field(0, description="processes that decode images; 0 decodes in the main process")
-    cache_gb: float = Field(1.0, ge=0, description="keep decoded images in memory when they fit, GB")
-    max_broken: float = Field(0.5, ge=0, le=1, description="share of unreadable images that stops the run")
-
-
-class CodecConfig(Section):
-    """The autoencoder in whose latents the flow works (a diffusers AutoencoderKL or AutoencoderTiny)."""
-
-    model: str = Field(..., description="local folder or Hub id")
-    factor: Positive = Field(8, description="pixels of a side that become one latent")
-    channels: Positive = Field(4, description="of the latents")
-
-
-class LevelsConfig(Section):
-    """Sizes that every network has."""
-
-    patch_size: Positive = 1
-    widths: tuple[Positive, ...] = Field(..., description="of the levels, finest first")
-    depths: tuple[Positive, ...] = Field(..., description="blocks per level")
-    d_head: Positive = 64
-    ff_factor: float = Field(3.0, gt=0, description="d_ff = ff_factor * width")
-    kernel_size: Positive = Field(7, description="side of the attention neighbourhood, odd")
-    global_levels: Count = Field(1, description="how many of the lowest levels attend globally")
-
-
-class AuxiliaryConfig(LevelsConfig):
-    """The auxiliary model, theta_E and theta_D."""
-
-    decoder_widths: tuple[Positive, ...] | None = Field(None, description="default: the encoder's")
-    decoder_depths: tuple[Positive, ...] | None = Field(None, description="default: the encoder's")
-    mapping_width: Count = Field(
-        0, description="z also scales the decoder's norms through a mapping network; 0: it does not"
-    )
-    mapping_depth: Count = 0
-    latent_channels: Positive = 4
-    latent_size: Size = 8
-
-
-class SamplerConfig(LevelsConfig):
-    """The latent sampler, theta_L, a flow on z."""
-
-    mapping_width: Positive = 256
-    mapping_depth: Count = 0
-
-
-class FlowConfig(LevelsConfig):
-    """The flow model theta_FM; the baseline is the same network without z."""
-
-    mapping_width: Positive = 256
-    mapping_depth: Count = 2
-    latent_conditioning: Literal["concat", "mapping"] = Field(
-        "concat", description="how z enters: beside the patches, or through the mapping network"
-    )
-
-
-class AverageConfig(Section):
-    """One exponential moving average (EMA) of the weights."""
-
-    name: str = Field("power", pattern="^[a-z0-9][a-z0-9-]*$")
-    power: float = Field(2 / 3, gt=0, description="at step n the old average weighs 1 - n^(-power)")
-    max_decay: float = Field(0.9999, ge=0, lt=1, description="cap of that")
-    half_life: float | None = Field(
-        None, gt=0, description="instead of a power: after how many images weights count half"
-    )
+FORMAT = 2  # of run folders; one of another format is refused
 
 
 class TrainingConfig(Section):
-    """What all stages share, and each stage's own settings."""
+    """What all stages share; `load_config` adds a section for each stage of the table (stages.py)."""
 
-    stages: tuple[StageName, ...] = Field(
-        ("auxiliary", "flow", "sampler", "baseline"),
+    stages: tuple[str, ...] = Field(
+        ("auxiliary", "clusters", "flow", "sampler", "meanflow", "sampler-meanflow"),
         min_length=1,
         description="what `lediflow train` trains when no --stage is given",
     )
-    seed: int = 0
+    seed: int = Field(0, description="of weights, order, noise: the same seed trains the same networks")
     precision: Precision = Field(
         "auto", description="auto: bf16 where the device multiplies it, else fp32; fp16 needs a GPU"
     )
@@ -132,7 +53,7 @@ class TrainingConfig(Section):
     )
     accumulate: Positive = Field(1, description="parts in which a process works on its batch, to save memory")
     label_dropout: float = Field(
-        0.1, ge=0, lt=1, description="share of labels left out, which guidance needs; with data.classes"
+        0.1, ge=0, lt=1, description="share of classes, clusters and texts left out, which guidance needs"
     )
     ema: tuple[AverageConfig, ...] = Field(
         (AverageConfig(),), min_length=1, description="averages of the weights; the first makes the pipeline"
@@ -140,27 +61,26 @@ class TrainingConfig(Section):
     spike: float = Field(
         50.0, ge=0, description="skip a step this many mean deviations above the last losses; 0: never"
     )
-    compile: Literal["none", "blocks", "model"] = Field(
+    compile: Compile = Field(
         "none",
         description="torch.compile the repeated block or the whole network: slow at first, then faster",
     )
     gradient_checkpointing: bool = Field(
         False, description="keep no activations inside blocks: less memory, a third more work"
     )
-    log_every: Positive = 20
-    preview_every: Positive = 500
-    checkpoint_every: Positive = 500
-    keep_checkpoints: Positive = 2
+    log_every: Positive = Field(20, description="steps between lines of metrics.jsonl")
+    preview_every: Positive = Field(500, description="steps between pictures in previews/")
+    checkpoint_every: Positive = Field(500, description="steps between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="how many of the last checkpoints stay")
     keep_every: Count = Field(0, description="also keep every checkpoint at a multiple of this step; 0: none")
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    auxiliary: AuxiliaryStageConfig = AuxiliaryStageConfig()
-    flow: FlowStageConfig = FlowStageConfig()
-    sampler: CoupledStageConfig = CoupledStageConfig()
-    baseline: CoupledStageConfig = CoupledStageConfig()
-    meanflow: PriorMeanFlowStageConfig = PriorMeanFlowStageConfig()
-    sampler_meanflow: SourceMeanFlowStageConfig = SourceMeanFlowStageConfig()
-    baseline_meanflow: SourceMeanFlowStageConfig = SourceMeanFlowStageConfig()
-    distill: DistillStageConfig = DistillStageConfig()
+    tracker: Tracker = Field("tensorboard", description="where the curves go besides metrics.jsonl")
+
+    @field_validator("stages")
+    @classmethod
+    def _known(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        for name in stages:
+            check_stage(name)
+        return stages
 
     @field_validator("ema")
     @classmethod
@@ -173,14 +93,18 @@ class TrainingConfig(Section):
 class Config(Section):
     """All settings of a run; what a preset, a YAML file and a run's config.yaml hold."""
 
-    description: str = ""
+    format: Literal[2] = Field(2, description="of the run folder; do not change it")
+    description: str = Field("", description="what it is for, in words")
     needs: str = Field("", description="memory and time, in words")
     measured: str = Field("", description="what it gave, and the command that measured it")
     data: DataConfig = DataConfig()
     codec: CodecConfig | None = Field(None, description="null trains on pixels")
-    auxiliary: AuxiliaryConfig
-    flow: FlowConfig
-    sampler: SamplerConfig
+    auxiliary: AuxiliaryConfig | None = None
+    flow: FlowConfig | None = None
+    sampler: SamplerConfig | None = None
+    upsampler: UpsamplerConfig | None = None
+    clusters: ClustersConfig = ClustersConfig()
+    text: TextConfig = TextConfig()
     training: TrainingConfig = TrainingConfig()
 
     @property
@@ -193,10 +117,60 @@ class Config(Section):
             raise UserError(f"data.image_size {size} is not divisible by codec.factor {self.codec.factor}")
         return self.codec.channels, size // self.codec.factor, size // self.codec.factor
 
-    def stage(self, name: StageName) -> StageConfig:
+    def section(self, name: str) -> Any:
+        """Return the settings of a network that this config must have.
+
+        Raises:
+            UserError: it has not.
+        """
+        section = getattr(self, name)
+        if section is None:
+            raise UserError(f"this config has no section {name!r}, so what it describes cannot be trained")
+        return section
+
+    def lacks(self, spec: StageSpec) -> list[str]:
+        """Return the sections that a stage's network needs and that are not there."""
+        return [name for name in SECTIONS.get(spec.network, ()) if getattr(self, name) is None]
+
+    def stage(self, name: str) -> Any:
         """Return the settings of the stage `name`."""
-        stage: StageConfig = getattr(self.training, section(name))
-        return stage
+        return getattr(self.training, check_stage(name).section)
+
+    def has(self, spec: StageSpec) -> bool:
+        """Whether there is anything to learn in a stage, with these settings."""
+        value: Any = self
+        for part in (spec.only_with or "").split(".") if spec.only_with else ():
+            value = getattr(value, part)
+        return value != 0
+
+    def chosen(self, stages: Iterable[str] | None) -> list[StageSpec]:
+        """Return the stages to train in their order; for None those of `training.stages` that can learn.
+
+        Raises:
+            UserError: an unknown stage, or one with nothing to learn.
+        """
+        if stages is None:
+            return [spec for spec in in_order(self.training.stages) if self.has(spec)]
+        chosen = in_order(stages)
+        for spec in chosen:
+            if not self.has(spec):
+                raise UserError(f"stage {spec.name} has nothing to learn: {spec.only_with} is 0")
+        return chosen
+
+    def uses(self, spec: StageSpec) -> tuple[str, ...]:
+        """The stages whose trained networks a stage uses."""
+        clusters = ("auxiliary", "clusters") if self.clusters.told(spec.network) else ()
+        return tuple(dict.fromkeys((*spec.needs, *clusters)))
+
+    def relies_on(self, spec: StageSpec) -> tuple[str, ...]:
+        """The stages that must be trained before a stage: what it needs, starts from, and is guided by."""
+        settings, found = self.stage(spec.name), list(self.uses(spec))
+        strengths = getattr(settings, "strengths", {})
+        if spec.starts_from and (strengths or not getattr(settings, "from_scratch", False)):
+            found.append(spec.starts_from)
+        if spec.weak and "autoguidance" in strengths:
+            found.append(spec.weak)
+        return tuple(found)
 
     def to_yaml(self) -> str:
         """Return every setting as YAML, in the order of the classes."""
@@ -225,8 +199,21 @@ FREE_KEYS = (
     "training.accumulate",
     "training.spike",
     "training.stages",
-    *(f"training.{section(stage)}.steps" for stage in STAGES),
 )
+
+
+def config_class() -> type[Config]:
+    """Return `Config` with a section of settings for each stage that the table has now."""
+    return _with_sections(tuple(STAGES.values()))
+
+
+@lru_cache(maxsize=8)
+def _with_sections(specs: tuple[StageSpec, ...]) -> type[Config]:
+    sections: dict[str, Any] = {
+        spec.section: (spec.settings, Field(spec.settings(), description=spec.learns)) for spec in specs
+    }
+    training: Any = create_model("TrainingConfig", __base__=TrainingConfig, **sections)
+    return create_model("Config", __base__=Config, training=(training, training()))
 
 
 def preset_names() -> list[str]:
@@ -236,8 +223,18 @@ def preset_names() -> list[str]:
     )
 
 
-def load_config(source: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a preset by name or a YAML file by path, and apply overrides `a.b=value` (value as in YAML).
+def load_config(
+    source: str | Path,
+    overrides: Iterable[str] | None = None,
+    *,
+    values: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read a preset by name or a YAML file by path, and change some settings.
+
+    Args:
+        source: name of a preset, or path of a YAML file.
+        overrides: "a.b=value" each, the value as in YAML.
+        values: the same as Python values, by "a.b"; None leaves a setting as it is.
 
     Raises:
         UserError: no such preset or file, not YAML, or a setting that is unknown or impossible.
@@ -245,28 +242,88 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> Confi
     tree = _read_tree(source)
     for override in overrides or []:
         _apply_override(tree, override)
+    for key, value in (values or {}).items():
+        if value is not None:
+            _set(tree, key, value)
     try:
-        return Config.model_validate(tree)
+        config = config_class().model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(_explain(tree, e) for e in error.errors())) from None
+    if config.data.augment and config.codec:
+        raise UserError(f"{source}: data.augment changes pixels, and latents have none; leave it out")
+    check_sections(config, [STAGES[name] for name in config.training.stages], f"{source}: ")
+    return config
+
+
+def check_sections(config: Config, stages: Iterable[StageSpec], where: str = "") -> None:
+    """Refuse stages whose networks the config says nothing of.
+
+    Raises:
+        UserError: naming the missing section and the stage.
+    """
+    for spec in stages:
+        for missing in config.lacks(spec):
+            raise UserError(f"{where}missing key {missing!r}, which stage {spec.name} needs")
+
+
+def load_run_config(run: Path) -> Config:
+    """Read the config.yaml of a run folder.
+
+    Raises:
+        UserError: it was written by a version whose run folders this one does not read, or it is damaged.
+    """
+    path = run / "config.yaml"
+    if _read_yaml(path).get("format") != FORMAT:
+        raise UserError(
+            f"{run} was made by another version of lediflow, and its format ({path.name} says no "
+            f"`format: {FORMAT}`) cannot be read here; train again, into another --output"
+        )
+    return load_config(path)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Return {key: (old, new)} for each setting in which a run and its continuation must not differ."""
     a, b = (_flatten(c.model_dump(mode="json")) for c in (old, new))
-    return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k) and k not in FREE_KEYS}
+    free = {*FREE_KEYS, *(f"training.{spec.section}.steps" for spec in STAGES.values())}
+    return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k) and k not in free}
 
 
 def _preset_folder():
     return resources.files("lediflow") / "presets"
 
 
-def _read_tree(source: str | Path) -> dict[str, Any]:
+def _read_tree(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the settings of a preset or file, over those of the one that it extends."""
+    tree = _read_yaml(source)
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if str(base) in above or len(above) > 8:
+        circle = " -> ".join((*above, str(source), str(base)))
+        raise UserError(f"{source}: extends runs in a circle: {circle}")
+    beside = Path(source).parent / str(base)
+    found = beside if beside.is_file() else base
+    return _merged(_read_tree(found, (*above, str(source))), tree)
+
+
+def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Lay settings over others, section by section."""
+    both = dict(base)
+    for key, value in tree.items():
+        below = both.get(key)
+        both[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _read_yaml(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UserError(f"no config file {source}")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {source}: {error}") from None
     else:
         names = preset_names()
         if str(source) not in names:
@@ -292,8 +349,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--set {override!r}: {text!r} is not a valid value") from None
-    if isinstance(value, str):
-        value = _number(value)
+    _set(tree, key, _number(value) if isinstance(value, str) else value)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.strip().split(".")
     node = tree
     for parent in parents:
@@ -315,19 +374,20 @@ def _explain(tree: dict[str, Any], error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(key, _all_keys(Config))}"
+        return f"unknown key {key!r}{nearest(key, all_keys(config_class()))}"
     if error["type"] == "missing":
         return f"missing key {key!r}"
     return f"{key}: {error['msg'].lower()}, got {error['input']!r}"
 
 
-def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the keys of a section and of those below it, as `--set` takes them."""
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _all_keys(kind, f"{prefix}{name}.")
+                keys += all_keys(kind, f"{prefix}{name}.")
     return keys
 
 

@@ -74,7 +74,7 @@ class Guard:
         return middle + spike * max(deviation, 1e-3 * (1 + abs(middle)))
 
     def after_rollback(self, good: Guard, step: int) -> Guard:
-        """Return the guard that goes on when this one failed at `step`; `good` is the checkpoint's."""
+        """Return the guard to continue with when this one failed at `step`; `good` is the checkpoint's."""
         return replace(
             good,
             skipped=self.skipped,

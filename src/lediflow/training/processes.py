@@ -21,29 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lediflow.devices import check_device, settle_precision
 from lediflow.errors import UserError
-from lediflow.networks.hourglass import Block
-from lediflow.precision import settle_precision
 from lediflow.training.config import TrainingConfig
 
-
-def check_device(device: str | None) -> torch.device:
-    """Return the torch device of a name, the best there is for None.
-
-    Raises:
-        UserError: the name is unknown, or this machine has no such device.
-    """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device is None:
-        return torch.device("cuda" if there["cuda"] else "mps" if there["mps"] else "cpu")
-    kind = device.partition(":")[0]
-    if kind not in there:
-        raise UserError(f"unknown device {device!r}; choose cpu, cuda or mps")
-    if not there[kind]:
-        raise UserError(
-            f"this machine has no {kind} device that torch can use; leave --device out or use cpu"
-        )
-    return torch.device(device)
+ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 def make_accelerator(training: TrainingConfig, device: str | None, **options: Any) -> Accelerator:
@@ -69,16 +51,36 @@ def make_accelerator(training: TrainingConfig, device: str | None, **options: An
                 f"accelerate was configured to use {engine}; launch without it and choose with "
                 "--set training.parallel=ddp or fsdp"
             )
+    if where.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--device {where} names one GPU, and several processes were launched; use cuda")
     # one process may train several runs, in other precisions
     AcceleratorState._reset_state(reset_partial_state=True)
     # buffers are equal on all processes from the start: nothing changes them between steps
     copies = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        cpu=kind == "cpu",
-        kwargs_handlers=[copies],
-        **options,
-    )
+    with _asked_for(where):
+        return Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            cpu=kind == "cpu",
+            kwargs_handlers=[copies],
+            **options,
+        )
+
+
+@contextmanager
+def _asked_for(device: torch.device) -> Iterator[None]:
+    """Let Accelerate take this GPU, where one is named; it reads that from the environment."""
+    if device.index is None:
+        yield
+        return
+    before = os.environ.get(ACCELERATE_DEVICE)
+    os.environ[ACCELERATE_DEVICE] = str(device)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ACCELERATE_DEVICE]
+        else:
+            os.environ[ACCELERATE_DEVICE] = before
 
 
 def is_main_process() -> bool:
@@ -86,14 +88,13 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-def shard(network: nn.Module, accelerator: Accelerator) -> None:
-    """Cut the weights over the processes in place (FSDP2), block by block."""
+def shard(network: Any, accelerator: Accelerator) -> None:
+    """Cut the weights over the processes in place (FSDP2), unit by unit."""
     # torch warns of in-place changes to a network's output; the losses make none
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in network.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
+    for unit in network.shard_units():
+        fully_shard(unit, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
@@ -140,15 +141,3 @@ def on_main(accelerator: Accelerator, act: Callable[[], object]) -> None:
     failed = torch.tensor(float(failure is not None), device=accelerator.device)
     if accelerator.reduce(failed, "sum") > 0:
         raise failure or UserError("the main process failed; its message says why")
-
-
-def batches_of_process(count: int, batch_size: int, process: int, processes: int) -> list[range]:
-    """Return which of `count` images this process makes: every `processes`-th batch, or all as one range.
-
-    Where there is enough work the batches are those that one process would make, so the images are the same
-    bit for bit on the same kind of device.
-    """
-    if processes == 1 or count < 1 or batch_size < 1:
-        return [range(count)]
-    size = min(batch_size, -(-count // processes))
-    return [range(i, min(i + size, count)) for i in range(process * size, count, processes * size)]

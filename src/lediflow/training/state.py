@@ -17,12 +17,11 @@ from torch import Tensor
 
 from lediflow.errors import UserError
 from lediflow.files import explained, remove_folder
-from lediflow.networks.hourglass import parameter_groups
 from lediflow.training import checkpoint
 from lediflow.training.averages import Averages
 from lediflow.training.guard import Guard
+from lediflow.training.objectives import Objective
 from lediflow.training.processes import cut_like, local, on_main, shard, whole
-from lediflow.training.stages import Stage
 
 
 class TrainingState:
@@ -43,7 +42,7 @@ class TrainingState:
         position: where a stream of images stands in this process; None for data that needs none.
     """
 
-    def __init__(self, stage: Stage, folder: Path, accelerator: Accelerator):
+    def __init__(self, stage: Objective, folder: Path, accelerator: Accelerator):
         self.stage, self.folder, self.accelerator = stage, folder, accelerator
         self.training, self.network = stage.config.training, stage.network
         if self.training.gradient_checkpointing:
@@ -53,7 +52,7 @@ class TrainingState:
         if self.sharded:
             shard(self.network, accelerator)
         settings = stage.settings
-        groups = list(parameter_groups(self.network, settings.learning_rate, settings.weight_decay))
+        groups = self.network.parameter_groups(settings.learning_rate, settings.weight_decay)
         self.base_rates = [group["lr"] for group in groups]
         fused = accelerator.device.type in ("cpu", "cuda")
         self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, betas=settings.betas, fused=fused))
@@ -96,12 +95,13 @@ class TrainingState:
             self.stage.network = self.network
             self.network.load_state_dict(dict(copy.named_buffers()), strict=False)
 
-    def save(self, step: int, must_agree: dict[str, Any]) -> None:
+    def save(self, step: int, must_agree: dict[str, Any], *, finished: bool = False) -> None:
         """Write the checkpoint of `step`; all processes must ask.
 
         Args:
             step: that was just made.
             must_agree: what a run must share with this one to continue it, for state.json.
+            finished: whether the stage ends here, with `finish` done.
 
         Raises:
             UserError: it cannot be written; earlier checkpoints are as they were.
@@ -116,6 +116,7 @@ class TrainingState:
         scaler = self.accelerator.scaler
         state = {
             **must_agree,
+            "finished": finished,
             "seed": self.training.seed,
             "ema_steps": self.averages.steps,
             "guard": self.guard.to_dict(),

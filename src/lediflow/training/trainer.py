@@ -1,7 +1,8 @@
 """The one loop that trains every stage: precision, averages, warm-up, clipping, logs, previews, checkpoints.
 
 A step depends on (seed, stage, step) alone: its images and its noise come from generators made for it. So a
-run that stopped and went on is the run that never stopped, and several processes make the steps of one.
+run that was interrupted and resumed is the run that never stopped, and several processes make the steps of
+one.
 """
 
 from __future__ import annotations
@@ -16,47 +17,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.exc
 from accelerate import Accelerator
 from torch import Tensor
 
 from lediflow.data.batches import batches
 from lediflow.errors import UserError
-from lediflow.evaluation.report import image_grid
 from lediflow.files import clear_unfinished, explained, write_text, written_whole
+from lediflow.pictures import image_grid
+from lediflow.progress import Progress
 from lediflow.sources import BatchNoise, derive_seed
 from lediflow.training import checkpoint
 from lediflow.training.config import Config
 from lediflow.training.guard import PATIENCE, ROLLBACKS, Diverged
+from lediflow.training.meter import Meter, memory_gb
+from lediflow.training.objectives import Objective
 from lediflow.training.processes import gradients, local, on_main, whole
-from lediflow.training.progress import Meter, Progress, memory_gb
-from lediflow.training.stage_config import StageConfig, StageName
-from lediflow.training.stages import Stage
+from lediflow.training.settings import StageConfig
+from lediflow.training.stages import StageSpec
 from lediflow.training.state import TrainingState
+
+# what compiling raises; some of its failures are plain RuntimeErrors
+COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, RuntimeError)
+FALLING = ("cosine", "linear")  # schedules that end at a learning rate of 0
 
 
 class Interrupted(Exception):
     """The user or the system asked the process to stop; the state was saved."""
 
 
-def check_batches(config: Config, stages: list[StageName], processes: int) -> None:
+def check_batches(config: Config, stages: list[StageSpec], processes: int) -> None:
     """Refuse a batch that cannot be cut into equal parts.
 
     Raises:
         UserError: naming the stage's batch size and its divisor.
     """
     parts = processes * config.training.accumulate
-    for name in stages:
-        size = config.stage(name).batch_size
+    for spec in stages:
+        size = getattr(config.stage(spec.name), "batch_size", 0)
         if size % parts:
             raise UserError(
-                f"training.{name}.batch_size {size} is not divisible by {parts} ({processes} processes times "
-                f"training.accumulate {config.training.accumulate}); the nearest that is: "
+                f"training.{spec.section}.batch_size {size} is not divisible by {parts} ({processes} "
+                f"processes times training.accumulate {config.training.accumulate}); the nearest that is: "
                 f"{max(1, round(size / parts)) * parts}"
             )
 
 
 def fit(
-    stage: Stage, folder: Path, accelerator: Accelerator, *, must_agree: dict[str, Any], resume: bool
+    stage: Objective, folder: Path, accelerator: Accelerator, *, must_agree: dict[str, Any], resume: bool
 ) -> Path:
     """Train `stage` to its last step and return the folder of its last checkpoint.
 
@@ -65,7 +73,7 @@ def fit(
         folder: of the stage in the run folder.
         accelerator: from `processes.make_accelerator`.
         must_agree: what a checkpoint must agree on to be continued, kept in its state.json.
-        resume: go on from the last checkpoint in `folder`, if there is one.
+        resume: continue from the last checkpoint in `folder`, if there is one.
 
     Raises:
         UserError: the training diverges, a checkpoint is damaged or does not fit, the disk is full.
@@ -78,15 +86,18 @@ def fit(
 
 
 class _Fit:
-    def __init__(self, stage: Stage, folder: Path, accelerator: Accelerator, must_agree: dict[str, Any]):
+    def __init__(self, stage: Objective, folder: Path, accelerator: Accelerator, must_agree: dict[str, Any]):
         self.stage, self.folder, self.accelerator, self.must_agree = stage, folder, accelerator, must_agree
         self.settings, self.training = stage.settings, stage.config.training
         self.state = TrainingState(stage, folder / "checkpoints", accelerator)
 
     def run(self, resume: bool) -> Path:
         on_main(self.accelerator, self._tidy)
-        start = self._resume() if resume else 0
+        start, finished = self._resume() if resume else (0, False)
         last = max(start, self.settings.steps)
+        if start == last and not finished:
+            self._finish()
+            self.state.save(last, self.must_agree, finished=True)
         with stop_signals() as stopped:
             while start < last:
                 try:
@@ -96,9 +107,13 @@ class _Fit:
                     start = self._roll_back(failure)
         return self.state.path(last)
 
+    def _finish(self) -> None:
+        with self.state.averaged_weights(), torch.no_grad(), self.accelerator.autocast():
+            self.stage.finish()
+
     def _loop(self, start: int, stopped: list[int]) -> None:
         on_main(self.accelerator, lambda: self._drop_metrics_after(start))
-        every, last = self.training, self.settings.steps
+        training, last = self.training, self.settings.steps
         stream, meter = self._images(start), Meter()
         with Progress(self.stage.name, start, last, silent=not self.accelerator.is_main_process) as progress:
             for step in range(start + 1, last + 1):
@@ -107,15 +122,16 @@ class _Fit:
                 self.state.position = batch.get("position")
                 loss, norm, metrics, stop = self._step(step, batch, bool(stopped))
                 meter.count(loss, self.settings.batch_size)
-                if step % every.log_every == 0 or step == last:
+                if step % training.log_every == 0 or step == last:
                     self._log(step, {**meter.read(), "grad_norm": norm}, metrics, progress)
                 if step == last:
-                    with self.state.averaged_weights(), torch.no_grad(), self.accelerator.autocast():
-                        self.stage.finish()
-                if step == last or stop or (step % every.checkpoint_every == 0 and not self.state.guard.bad):
-                    self.state.save(step, self.must_agree)
-                if step == last or step % every.preview_every == 0:
+                    self._finish()
+                # before the checkpoint, or a run killed between the two would never make it
+                if step == last or step % training.preview_every == 0:
                     self._preview(step)
+                due = step % training.checkpoint_every == 0 and not self.state.guard.bad
+                if step == last or stop or due:
+                    self.state.save(step, self.must_agree, finished=step == last)
                 if stop or (step == last and self._any(bool(stopped))):
                     raise Interrupted(
                         f"stopped at step {step} of stage {self.stage.name}; everything is saved"
@@ -126,11 +142,11 @@ class _Fit:
         return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)) > 0)
 
     def _images(self, start: int) -> Iterator[dict[str, Any]]:
-        # a stream goes on where it is, also after a rollback; other data comes in another order then
+        # a stream continues where it is, also after a rollback; other data comes in another order then
         position = self.state.position
         seed = derive_seed(self.training.seed, self.stage.name, "data") if position else self._seed("data")
         return batches(
-            self.stage.data,
+            self.stage.context.data,
             batch_size=self.settings.batch_size,
             seed=seed,
             start=start,
@@ -155,7 +171,7 @@ class _Fit:
         for group, rate in zip(self.state.optimizer.param_groups, self.state.base_rates, strict=True):
             group["lr"] = rate * rate_factor(step, self.settings) * self.state.guard.rate
         self.state.model.train()
-        metrics = self._gradients(step, batch)
+        metrics = self._gradients_compiled(step, batch)
         norm = whole(self.accelerator.clip_grad_norm_(self.state.parameters, self.settings.clip))
         # one exchange and one wait for the device a step
         shared = torch.stack((metrics.pop("loss"), norm, torch.full_like(norm, float(stopped))))
@@ -170,6 +186,19 @@ class _Fit:
         if self.state.guard.bad:
             self._report(step, fault, batch)
         return loss, norm, metrics, stops > 0
+
+    def _gradients_compiled(self, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `_gradients`; where compiling fails, the stage continues without it."""
+        try:
+            return self._gradients(step, batch)
+        except COMPILER_ERRORS as error:
+            if self.training.compile == "none" or not self.stage.uncompile():
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "Error" in line), lines[0])
+            self._say(f"{self.stage.name}: torch.compile failed ({reason}); training continues without it")
+            self.state.optimizer.zero_grad()
+            return self._gradients(step, batch)
 
     def _gradients(self, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add up the gradients of the parts of this process's batch; return loss and metrics, averaged."""
@@ -188,7 +217,7 @@ class _Fit:
             )
             with gradients(self.state.model, self.accelerator, complete=i == parts - 1):
                 with self.accelerator.autocast():
-                    loss, metrics = self.stage.loss(self.state.model, part, noise)
+                    loss, metrics = self.stage.learn(self.state.model, part, noise)
                 self.accelerator.backward(loss / parts)
             results.append({"loss": loss.detach().float(), **metrics})
         return {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
@@ -221,10 +250,14 @@ class _Fit:
         name, state, failed = self.stage.name, self.state, self.state.guard
         good = state.good_steps()
         if not good or failed.rollbacks >= ROLLBACKS:
-            tried = f"after {ROLLBACKS} returns to it" if good else "and there is none to return to"
+            kept = (
+                f"The last checkpoint is intact, after {ROLLBACKS} returns to it"
+                if good
+                else "There is no checkpoint to return to"
+            )
             raise UserError(
-                f"stage {name}, step {step}: {PATIENCE} bad steps in a row; {seen}. The last checkpoint is "
-                f"intact, {tried}. Lower training.{name}.learning_rate, raise its warmup_steps, or try "
+                f"stage {name}, step {step}: {PATIENCE} bad steps in a row; {seen}. {kept}. Lower "
+                f"training.{self.stage.spec.section}.learning_rate, raise its warmup_steps, or try "
                 "training.precision=fp32"
             )
         self.accelerator.wait_for_everyone()  # until all know what is good
@@ -236,21 +269,25 @@ class _Fit:
         self._say(f"{name}: back to step {good[-1]}, with other images and noise and half the learning rate")
         return good[-1]
 
-    def _resume(self) -> int:
+    def _resume(self) -> tuple[int, bool]:
+        """Load the last checkpoint, if there is one; return its step and whether the stage ended there."""
         steps = self.state.steps()
         if not steps:
-            return 0
+            return 0, False
         folder = self.state.path(steps[-1])
         saved = checkpoint.load_state(folder)
-        for key, value in self.must_agree.items():
-            if saved.get(key) != value:
-                raise UserError(
-                    f"{folder} was trained with another {key} ({saved.get(key)}, now {value}); use "
-                    f"--no-resume to train stage {self.stage.name} again"
-                )
-        if steps[-1] < self.settings.steps:
+        checkpoint.check_agreement(folder, self.must_agree, self.stage.name)
+        finished, more = saved["finished"], steps[-1] < self.settings.steps
+        if finished and more and self.settings.schedule in FALLING:
+            raise UserError(
+                f"stage {self.stage.name} ended at step {steps[-1]}, where its {self.settings.schedule} "
+                f"schedule brought the learning rate to 0; {self.settings.steps} steps would make it jump up "
+                f"again. Set training.{self.stage.spec.section}.steps={steps[-1]}, or train the stage again "
+                "with --no-resume"
+            )
+        if more or not finished:
             self.state.load(steps[-1])
-        return steps[-1]
+        return steps[-1], finished
 
     # What is written
 
@@ -293,6 +330,11 @@ class _Fit:
             with explained(path):
                 write_text(path, "".join(kept))
 
+    def _visible(self, rows: list[Tensor]) -> list[Tensor]:
+        """Make rows of images (or of codec latents, all decoded at once) visible."""
+        shown = self.stage.context.data.show(torch.cat(rows))
+        return list(shown.split([len(row) for row in rows]))
+
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             print(text, file=sys.stderr, flush=True)
@@ -300,7 +342,7 @@ class _Fit:
     def _preview(self, step: int) -> None:
         def draw() -> None:
             with torch.no_grad(), self.accelerator.autocast():
-                rows = [self.stage.data.show(row) for row in self.stage.preview()]
+                rows = self._visible(self.stage.preview())
             scale = max(1, 64 // rows[0].shape[-1])
             path = self.folder / "previews" / f"step-{step:06d}.png"
             with explained(path), written_whole(path) as unfinished:
@@ -323,12 +365,23 @@ def rate_factor(step: int, settings: StageConfig) -> float:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying, so that the loop can save and leave."""
+    """Collect SIGINT and SIGTERM in a list instead of dying, so that the loop can save and leave.
+
+    A second one ends the process at once; the last checkpoint is whole.
+    """
     received: list[int] = []
     previous = {}
+
+    def note(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        if number == signal.SIGINT:
+            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda n, _: received.append(n))
+            previous[number] = signal.signal(number, note)
     except ValueError:  # not the main thread: the caller handles signals
         pass
     try:

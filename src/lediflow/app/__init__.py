@@ -1,0 +1,1 @@
+"""The page of `lediflow app`: what it does is free of Gradio; `tabs` and `page` lay it out."""

@@ -1,0 +1,1 @@
+"""How each tab of the page looks, and which function answers which button."""

@@ -1,0 +1,1 @@
+"""Does the learned prior help? What is measured of a trained model, and the verdicts."""

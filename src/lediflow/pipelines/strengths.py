@@ -1,0 +1,69 @@
+"""How strongly a network may be guided: by an evaluation more, or as it has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lediflow.conditions import LABELS
+from lediflow.errors import UserError
+
+
+@dataclass(frozen=True)
+class Strength:
+    """One guidance of one network.
+
+    Attributes:
+        network: that is guided.
+        kind: "guidance" by class, cluster and text, or "autoguidance" away from a worse network.
+        weak: that worse network; None where there is none.
+        weak_stage: the stage that trains it, for messages.
+    """
+
+    network: Any
+    kind: str
+    weak: Any = None
+    weak_stage: str = ""
+
+    @property
+    def learned(self) -> tuple[float, float] | None:
+        """The range of strengths that the network has learned, for which it takes one evaluation; or None."""
+        settings = (self.network.config.get("conditions") or {}).get(self.kind)
+        return (settings["low"], settings["high"]) if settings else None
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is anything to guide by."""
+        if self.learned:
+            return True
+        if self.kind == "autoguidance":
+            return self.weak is not None
+        return any(name in LABELS for name in self.network.config.get("conditions") or ())
+
+    def guides_by(self, labels: Sequence[str]) -> bool:
+        """Whether it can do something for images that have these conditions."""
+        told = self.network.config.get("conditions") or {}
+        return self.kind != "guidance" or any(name in told for name in labels)
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse a strength that this network cannot have.
+
+        Args:
+            name: of the argument, for the message.
+            value: 1 for none.
+
+        Raises:
+            UserError: nothing to guide by, or a strength outside of what was learned.
+        """
+        if self.learned and not self.learned[0] <= value <= self.learned[1]:
+            low, high = self.learned
+            raise UserError(f"{name} {value:g} is not among what this model learned, {low:g} to {high:g}")
+        if value == 1 or self.possible:
+            return
+        if self.kind == "autoguidance":
+            raise UserError(
+                f"{name} {value:g} needs a weak network, and this model has none; leave it at 1, or train "
+                f"one with `lediflow train ... --stage {self.weak_stage}`"
+            )
+        raise UserError(f"{name} {value:g} needs a model with classes, clusters or text; leave it at 1")
