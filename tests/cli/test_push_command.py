@@ -65,6 +65,13 @@ class FakeHub:
         if action == "revision" and rest in {*self.branches.get(name, {}), COMMIT}:
             siblings = [{"rfilename": file} for file in self._files(name, rest)]
             return httpx2.Response(200, json={"id": name, "sha": COMMIT, "siblings": siblings, "tags": []})
+        if action == "tree":  # what a snapshot consists of
+            files = self._files(name, rest)
+            entries = [
+                {"type": "file", "path": file, "size": len(content), "oid": f"{hash(content):x}"}
+                for file, content in files.items()
+            ]
+            return httpx2.Response(200, json=entries)
         if action == "resolve":
             revision, _, file = rest.partition("/")
             content = self._files(name, revision).get(file)

@@ -127,7 +127,7 @@ def test_parts_refuse_what_they_cannot_do(pipe):
         with pytest.raises(UserError, match="needs an average velocity"):
             call()
     for call in (lambda: pipe.sample_z(w, guidance=2.0), lambda: pipe.carry(x, w, guidance=2.0)):
-        with pytest.raises(UserError, match="guidance 2 needs a model with classes"):
+        with pytest.raises(UserError, match="guidance 2 needs a class, cluster or text"):
             call()
 
 
