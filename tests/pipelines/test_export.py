@@ -78,6 +78,21 @@ def test_the_file_gives_the_images_of_the_pipeline(pipeline, tmp_path, format):
     assert (made - wanted).abs().max() <= TOLERANCE
 
 
+def test_words_and_augmentations_are_left_out():
+    from conftest import TINY
+
+    settings = [*TINY, "data.classes=10", "data.augment.share=0.5", "text.encoder=characters", "text.column=label"]
+    config = load_config("digits", settings)
+    parts = {"auxiliary": "auxiliary", "flow": "meanflow", "sampler": "sampler-meanflow"}
+    pipe = LeDiFlowPipeline(**{part: random_network(config, stage) for part, stage in parts.items()})
+    pipe.set_progress_bar_config(disable=True)
+    assert {"augmentation", "text"} <= {*pipe.sampler.config.conditions, *pipe.flow.config.conditions}
+    module = OneEvaluation(pipe)
+    assert [i.name for i in module.inputs] == ["w", "noise", "label"]
+    wanted = pipe(2, class_labels=[4, 2], seed=7, output_type="pt").images
+    assert torch.equal(module(*pipe._draw(range(2), 7), torch.tensor([4, 2])), wanted)
+
+
 def test_plain_flow_matching_has_noise_alone(tiny_mean_run):
     baseline = load_pipeline(tiny_mean_run / "baseline-meanflow")
     assert isinstance(baseline, FlowMatchingPipeline)

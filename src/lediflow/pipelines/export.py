@@ -32,6 +32,7 @@ from lediflow.pipelines.lediflow import LeDiFlowPipeline
 FILES: dict[str, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4  # largest difference to the pipeline, of images in [-1, 1]
 _KNOWN = ("z", "label", "cluster", "guidance", "autoguidance")
+_LEFT_OUT = ("augmentation", "text")  # which networks do without: pictures as they are, of any words
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class OneEvaluation(nn.Module):
                     "train the stages that refine it (`lediflow train ... --stage meanflow --stage "
                     "sampler-meanflow`), or name another model"
                 )
-            unknown = set(network.config.get("conditions") or {}) - {*_KNOWN}
+            unknown = set(network.config.get("conditions") or {}) - {*_KNOWN, *_LEFT_OUT}
             if unknown:
                 raise UserError(f"the {name} is told {', '.join(sorted(unknown))}, which cannot be exported")
         kept = (*names, "auxiliary", "vae")
