@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import sys
 
 import pytest
@@ -17,10 +16,9 @@ def blocks(language):
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, tiny_mean_run):
-    """A folder as the reader's: the demo was run, and there are photos."""
+def desk(tmp_path, monkeypatch):
+    """A folder as the reader's: there are photos."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_mean_run, tmp_path / "runs" / "demo")
     (tmp_path / "photos").mkdir()
     for i in range(6):
         Image.new("RGB", (80, 70 + i), (40 * i, 120, 200 - 30 * i)).save(tmp_path / "photos" / f"{i}.jpg")
@@ -29,10 +27,12 @@ def desk(tmp_path, monkeypatch, tiny_mean_run):
 
 def test_python_example(desk, capsys):
     (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
     promised = re.search(r"\{'sampler'.*?\}", code).group()
     assert capsys.readouterr().out.strip() == promised
-    assert Image.open(desk / "digit.png").size == (16, 16)
+    assert Image.open(desk / "emoji.png").size == (32, 32)
+    assert len(names["hearts"]) == 4 and len(names["between"]) == 8
 
 
 def test_command_line_examples(desk, monkeypatch, capsys):
@@ -40,14 +40,13 @@ def test_command_line_examples(desk, monkeypatch, capsys):
 
     commands = [shlex.split(line, comments=True) for line in "".join(blocks("bash")).splitlines()]
     commands = [c for c in commands if c and c[0] == "lediflow"]
-    assert [c[1] for c in commands] == [
-        "--version", "presets", "train", "train", "sample", "sample", "train", "sample",
-    ]  # fmt: skip
+    assert [c[1] for c in commands] == ["sample", "data", "train", "train", "sample", "app"]
+    assert commands.pop() == ["lediflow", "app", "runs/mine"]  # tests/app opens the page
     # the example's own preset, with narrow networks and two steps of two images
     quick = [s for s in TINY if s.startswith("training") and "stages" not in s] + [
         *(
             f"training.{s}.{k}=2"
-            for s in ("auxiliary", "flow", "sampler", "baseline", "meanflow", "sampler_meanflow")
+            for s in ("auxiliary", "flow", "sampler", "meanflow", "sampler_meanflow")
             for k in ("steps", "batch_size")
         ),
         *("auxiliary.widths=[32,32,32]", "flow.widths=[64,64]", "sampler.widths=[64]"),
@@ -58,11 +57,11 @@ def test_command_line_examples(desk, monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             main()
         assert end.value.code in (0, None), capsys.readouterr().err
-    assert len(list((desk / "samples").glob("0*.png"))) == 16
-    for folder in ("samples-fm", "samples-two"):
-        assert Image.open(desk / folder / "000000.png").size == (64, 64)
+    assert len(list((desk / "samples").glob("0*.png"))) == 64
+    assert len(list((desk / "pictures").glob("0*.png"))) == 16
+    assert Image.open(desk / "pictures" / "000000.png").size == (64, 64)
     said = capsys.readouterr().out
-    assert "flow 1 mean step, latent sampler 1 mean step" in said
+    assert said.count("flow 1 mean step, latent sampler 1 mean step") == 2
     assert "in all, previews and checkpoints apart" in said, "the dry run"
 
 

@@ -168,6 +168,19 @@ def test_paths_of_this_machine_stay_here(hub, tiny_run, tmp_path, lediflow):
     assert refused(lediflow("push", run, ID, "--output", out), "is there already")
 
 
+def test_half_the_size(tiny_mean_run, tmp_path, lediflow):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert lediflow("push", tiny_mean_run, ID, "--output", whole, "--images", "4").returncode == 0
+    assert lediflow("push", tiny_mean_run, ID, "--output", half, "--images", "4", "--half").returncode == 0
+    sizes = [(folder / "flow" / "diffusion_pytorch_model.safetensors").stat().st_size for folder in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    wanted, loaded = (load_pipeline(folder) for folder in (whole, half))
+    assert loaded.flow.dtype == torch.float32
+    assert torch.equal(loaded.auxiliary.z_std, wanted.auxiliary.z_std)
+    made = loaded(2, seed=1, output_type="pt").images
+    assert 0 < (made - wanted(2, seed=1, output_type="pt").images).abs().max() < 0.05
+
+
 def test_a_local_codec_comes_along(hub, tiny_codec, tiny_latents, tmp_path, lediflow):
     out, config = tmp_path / "look", load_config("digits", tiny_codec_settings(tiny_codec, tiny_latents))
     run = train(config, tmp_path / "run", stages=["baseline"], device="cpu")

@@ -30,6 +30,9 @@ def push(
         ),
     ] = "",
     images: Annotated[int, typer.Option(help="Images on the card; 0 for no picture.")] = 16,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store the weights as fp16, half as large; they load as fp32.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -71,7 +74,7 @@ def push(
     where = check_device(device)
 
     def fill(folder: Path) -> None:
-        write_publication(run, folder, name, licence=licence, images=images, device=where)
+        write_publication(run, folder, name, licence=licence, images=images, half=half, device=where)
 
     if output is not None:
         write_folder(output, fill)

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lediflow.errors import UserError
 from lediflow.files import shown, write_text
 from lediflow.pictures import image_grid
@@ -25,7 +27,14 @@ PICTURE = "samples.png"
 
 
 def write_publication(
-    model: Path, folder: Path, name: str, *, licence: str = "", images: int = 16, device: Any = "cpu"
+    model: Path,
+    folder: Path,
+    name: str,
+    *,
+    licence: str = "",
+    images: int = 16,
+    half: bool = False,
+    device: Any = "cpu",
 ) -> None:
     """Write what is shared of a run to an empty folder.
 
@@ -37,6 +46,7 @@ def write_publication(
         name: under which it will be known, owner/name.
         licence: of the weights, an identifier of the Hub; "" for none said.
         images: on the picture; 0 for no picture.
+        half: store the weights as fp16; they are loaded as fp32 unless another type is asked for.
         device: that makes them.
 
     Raises:
@@ -49,6 +59,8 @@ def write_publication(
         raise UserError(f"{shown(model)} has no trained pipeline; finish its training first")
     load: Any = load_upsampler if pipelines[below][0].kind == UPSAMPLE else load_pipeline
     pipeline = load(model).to(device)
+    if half:
+        pipeline.to(torch.float16).to(torch.float32)  # the picture is made by the weights that are stored
     space = pipeline.config.codec_space
     if space and Path(space["codec"]).expanduser().exists():
         pipeline.load_codec()
@@ -59,7 +71,7 @@ def write_publication(
         made = pipeline(images, seed=0, output_type="pt").images
         grid = image_grid(made, scale=max(1, 64 // made.shape[-1]))
         picture = PICTURE
-    pipeline.save_pretrained(folder)
+    pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder)
     _forget_origin(folder)
     if picture:
         grid.save(folder / picture)
