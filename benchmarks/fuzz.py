@@ -6,6 +6,7 @@ Families of cases, each in a process of its own, so that a crash or a lack of me
 
 pictures    files of every format and mode, cut, damaged, with lying headers, rotated, animated, of no pixels
 datasets    folders, tables and tar files of such pictures under any names; latents folders with files damaged
+masks       a photo and its mask: such pictures, the photo itself, its alpha channel; any padding
 arguments   what DATASET may be: any text
 configs     YAML: presets with values changed, and texts and bytes of every kind
 settings    --set KEY=VALUE
@@ -33,11 +34,12 @@ from typing import Any
 
 import fuzz_folders
 import fuzz_texts
-from fuzz_pictures import check_picture, picture_case
+from fuzz_pictures import check_mask, check_picture, mask_case, picture_case
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 SHARES = {  # of all cases
-    "pictures": 0.53,
+    "pictures": 0.48,
+    "masks": 0.05,
     "datasets": 0.03,
     "arguments": 0.10,
     "configs": 0.10,
@@ -48,6 +50,7 @@ SHARES = {  # of all cases
 SECONDS = 60  # for a case
 FAMILIES: dict[str, tuple[Any, Callable[[Any, Path], None]]] = {
     "pictures": (picture_case(), check_picture),
+    "masks": (mask_case(), check_mask),
     "datasets": (fuzz_folders.dataset_case(), fuzz_folders.check_dataset),
     "arguments": (fuzz_texts.ARGUMENTS, fuzz_texts.check_argument),
     "configs": (fuzz_texts.config_case(), fuzz_texts.check_config),

@@ -180,3 +180,40 @@ def check_picture(case: dict[str, Any], folder: Path) -> None:
     except BrokenImageError:
         return
     assert pixels.shape == (case["channels"], size, size) and pixels.dtype == "uint8"
+
+
+@st.composite
+def mask_case(draw: Any) -> dict[str, Any]:
+    return {
+        "photo": draw(picture_bytes()),
+        "mask": draw(st.one_of(picture_bytes(), st.sampled_from(["alpha", "the photo itself"]))),
+        "model": draw(st.sampled_from([(16, 16), (64, 64), (8, 24)])),
+        "padding": draw(st.one_of(st.none(), st.integers(-1, 40))),
+        "feather": draw(st.integers(-1, 9)),
+        "channels": draw(st.sampled_from([1, 3])),
+    }
+
+
+def check_mask(case: dict[str, Any], folder: Path) -> None:
+    """What inpainting does of a photo and a mask but for the network, whose output is noise here."""
+    import torch
+
+    from lediflow.pipelines import photos
+
+    (folder / "photo.png").write_bytes(case["photo"])
+    photo: Any = photos.open_photo(folder / "photo.png")
+    if max(photo.size) > 1024:
+        return  # the pictures family decodes those
+    mask = photo if case["mask"] == "the photo itself" else case["mask"]
+    if isinstance(mask, bytes):
+        (folder / "mask.png").write_bytes(mask)
+        mask = photos.open_photo(folder / "mask.png")
+    pixels = photos.photo_tensor(photo, case["channels"])
+    generate = photos.mask_tensor(mask, photo, (pixels.shape[1], pixels.shape[2]))
+    region = photos.region_around(photos.feathered(generate, case["feather"]), case["padding"], case["model"])
+    seen = photos.covered(region.cut(generate)[None] > 0, case["model"])
+    assert seen.shape == (1, 1, *case["model"]) and bool(seen.any())
+    made = torch.rand(1, case["channels"], *case["model"]) * 2 - 1
+    whole = photos.pasted(pixels, made, generate, region)
+    kept = (generate == 0).expand_as(pixels)
+    assert torch.equal(whole[0][kept], pixels[kept]), "a pixel outside of the mask changed"

@@ -33,7 +33,7 @@ def fuzz(monkeypatch, tiny_run):
 
 CASES = [
     *(("pictures", 200), ("arguments", 60), ("datasets", 15), ("settings", 60), ("pipelines", 15)),
-    ("configs", 40),
+    *(("configs", 40), ("masks", 40)),
 ]
 
 
