@@ -41,3 +41,38 @@ def test_a_folder_with_a_pipeline_goes_before_and_another_does_not(packaged):
 def test_an_unknown_name_tells_which_there_are(packaged):
     with pytest.raises(UserError, match=r"no model tinny.* comes with lediflow \(tiny\)"):
         load_pipeline("tinny")
+
+
+# The model that ships
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    pipeline = load_pipeline("emoji")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_emoji_answers_in_one_evaluation_of_each_network(emoji):
+    out = emoji(4, seed=0, output_type="pt")
+    assert out.nfe == {"sampler": 1, "decoder": 1, "flow": 1}
+    assert out.images.shape == (4, 3, 32, 32)
+    corners = out.images[..., [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.mean() > 0.7, "drawings stand on white"
+    assert out.images.std() > 0.2, "and are no blank sheets"
+
+
+def test_emoji_follows_words(emoji):
+    """The mean colour of hearts that are said to be red and blue."""
+    red, blue = (emoji(16, seed=0, prompt=f"{word} heart", output_type="pt").images for word in ("red", "blue"))
+    warmth = [(images[:, 0] - images[:, 2]).mean() for images in (red, blue)]
+    assert warmth[0] > warmth[1] + 0.1
+
+
+def test_emoji_has_its_card_and_is_small():
+    folder = models.FOLDER / "emoji"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for told in ("Noto Emoji", "Fluent Emoji", "Firefox OS Emoji", "Apache-2.0", "MIT", "lediflow train emoji-32"):
+        assert told in card
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 15e6
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]
