@@ -172,7 +172,9 @@ def test_half_the_size(tiny_mean_run, tmp_path, lediflow):
     whole, half = tmp_path / "whole", tmp_path / "half"
     assert lediflow("push", tiny_mean_run, ID, "--output", whole, "--images", "4").returncode == 0
     assert lediflow("push", tiny_mean_run, ID, "--output", half, "--images", "4", "--half").returncode == 0
-    sizes = [(folder / "flow" / "diffusion_pytorch_model.safetensors").stat().st_size for folder in (whole, half)]
+    sizes = [
+        (folder / "flow" / "diffusion_pytorch_model.safetensors").stat().st_size for folder in (whole, half)
+    ]
     assert sizes[1] < 0.6 * sizes[0]
     wanted, loaded = (load_pipeline(folder) for folder in (whole, half))
     assert loaded.flow.dtype == torch.float32

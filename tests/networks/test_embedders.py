@@ -130,7 +130,7 @@ def test_features_add_up_and_come_in_the_order_of_the_config():
     assert embedders.features == 2 + 4
     beside, vectors = embedders(example_conditions(SETTINGS, 3), TOKENS)
     assert [part.shape for part in beside] == [(3, 4, 4, 2), (3, 4, 4, 4)]
-    assert [part.shape for part in vectors] == [(3, WIDTH)] * 6
+    assert [part.shape for part in vectors] == [(3, WIDTH)] * 7
 
 
 def test_bf16_weights_embed_in_bf16():

@@ -81,7 +81,13 @@ def test_the_file_gives_the_images_of_the_pipeline(pipeline, tmp_path, format):
 def test_words_and_augmentations_are_left_out():
     from conftest import TINY
 
-    settings = [*TINY, "data.classes=10", "data.augment.share=0.5", "text.encoder=characters", "text.column=label"]
+    settings = [
+        *TINY,
+        "data.classes=10",
+        "data.augment.share=0.5",
+        "text.encoder=characters",
+        "text.column=label",
+    ]
     config = load_config("digits", settings)
     parts = {"auxiliary": "auxiliary", "flow": "meanflow", "sampler": "sampler-meanflow"}
     pipe = LeDiFlowPipeline(**{part: random_network(config, stage) for part, stage in parts.items()})
