@@ -247,7 +247,7 @@ def test_tokens_are_attended_to_and_what_is_behind_the_end_is_not(run, clip):
     words = network.embedders.words(Conditions(text=text))
     short = type(words)(words.tokens[:, :4], words.there[:, :4])
     assert words.there.sum(1).tolist() == [5, 3]
-    torch.testing.assert_close(block(x, words)[1:], block(x, short)[1:]), "padding does not matter"
+    torch.testing.assert_close(block(x, words)[1:], block(x, short)[1:])  # padding does not matter
 
 
 def test_a_network_with_tokens_compiles_to_the_same(run, clip):
