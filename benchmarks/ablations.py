@@ -22,9 +22,10 @@ import torch
 from lediflow import UserError
 from lediflow.conditions import Conditions
 from lediflow.devices import check_device
-from lediflow.evaluation.real import default_cache, open_real_side
+from lediflow.evaluation.real import open_real_side
 from lediflow.evaluation.request import Settings
 from lediflow.evaluation.tables import markdown_table
+from lediflow.files import default_cache
 from lediflow.metrics.features import CLASSIFIER
 from lediflow.metrics.frechet import frechet_distance
 from lediflow.networks.velocity import IntervalFeatures

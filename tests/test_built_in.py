@@ -64,15 +64,16 @@ def test_emoji_answers_in_one_evaluation_of_each_network(emoji):
 
 def test_emoji_follows_words(emoji):
     """The mean colour of hearts that are said to be red and blue."""
-    red, blue = (emoji(16, seed=0, prompt=f"{word} heart", output_type="pt").images for word in ("red", "blue"))
-    warmth = [(images[:, 0] - images[:, 2]).mean() for images in (red, blue)]
+    hearts = [emoji(16, seed=0, prompt=f"{word} heart", output_type="pt").images for word in ("red", "blue")]
+    warmth = [(images[:, 0] - images[:, 2]).mean() for images in hearts]
     assert warmth[0] > warmth[1] + 0.1
 
 
 def test_emoji_has_its_card_and_is_small():
     folder = models.FOLDER / "emoji"
     card = (folder / "README.md").read_text(encoding="utf-8")
-    for told in ("Noto Emoji", "Fluent Emoji", "Firefox OS Emoji", "Apache-2.0", "MIT", "lediflow train emoji-32"):
+    sets = ("Noto Emoji", "Fluent Emoji", "Firefox OS Emoji")
+    for told in (*sets, "Apache-2.0", "MIT", "lediflow train emoji-32"):
         assert told in card
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 15e6
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]

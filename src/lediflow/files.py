@@ -56,6 +56,11 @@ def explained(target: Path) -> Iterator[None]:
         ) from None
 
 
+def default_cache() -> Path:
+    """Return the folder of what can be computed again: lediflow in XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lediflow"
+
+
 def check_output(folder: Path) -> None:
     """Make a folder, if it is not there, and write a megabyte to it that is removed at once.
 

@@ -9,10 +9,10 @@ from lediflow.evaluation import real
 from lediflow.evaluation.real import (
     RealImages,
     classifier_features,
-    default_cache,
     features_of,
     real_features,
 )
+from lediflow.files import default_cache
 from lediflow.metrics.features import FeatureNetwork
 
 

@@ -19,6 +19,7 @@ SETTINGS = {
     "coarser": {"embedder": "grid", "channels": 2, "size": 2},
     "finer": {"embedder": "grid", "channels": 1, "size": 8},
     "characters": {"embedder": "characters", "length": 12, "buckets": 64, "features": 4},
+    "encoded": {"embedder": "encoded", "features": 5, "length": 3},
 }
 TOKENS = torch.zeros(3, *GRID, 5)
 
@@ -129,7 +130,7 @@ def test_features_add_up_and_come_in_the_order_of_the_config():
     assert embedders.features == 2 + 4
     beside, vectors = embedders(example_conditions(SETTINGS, 3), TOKENS)
     assert [part.shape for part in beside] == [(3, 4, 4, 2), (3, 4, 4, 4)]
-    assert [part.shape for part in vectors] == [(3, WIDTH)] * 6
+    assert [part.shape for part in vectors] == [(3, WIDTH)] * 7
 
 
 def test_bf16_weights_embed_in_bf16():
@@ -157,3 +158,27 @@ def test_a_range_embeds_to_nothing_until_it_learns_and_at_its_low_end_always():
     assert vector[0].abs().max() == 0 and vector[1:].abs().amax(1).min() > 1e-2
     _, (nothing,) = embedders(Conditions(), tokens)
     assert nothing.shape == (1, 8) and nothing.abs().max() == 0
+
+
+def test_an_encoded_text_is_its_vector_brought_to_one_size_and_mapped():
+    embedders = one("encoded")
+    embedder, told = embedders["it"], example("encoded")
+    vector = told["it"][:, 0]
+    expected = torch.nn.functional.normalize(vector) * 5**0.5 * embedder.norm.scale @ embedder.linear.weight.T
+    torch.testing.assert_close(embedded(embedders, told), expected, rtol=1e-4, atol=1e-5)
+    tenfold = Conditions(it=10 * told["it"].half())
+    torch.testing.assert_close(embedded(embedders, tenfold), expected, rtol=1e-2, atol=1e-2)
+    assert embedders.words(told) is None and embedders.words_width == 0
+    none = Conditions(it=torch.zeros(3, 1, 5))
+    assert not embedded(embedders, none).any(), "a text without words is none"
+
+
+def test_the_tokens_of_a_text_end_where_it_ends_and_go_where_it_is_dropped():
+    embedders = one("encoded", tokens=True)
+    value = example_conditions({"it": {**SETTINGS["encoded"], "tokens": True}}, 3)["it"]
+    value[1, 3:] = 0
+    told = Conditions(it=value).drop("it", torch.tensor([False, False, True]))
+    words = embedders.words(told)
+    assert words.tokens.shape == (3, 3, WIDTH) and embedders.words_width == WIDTH
+    assert words.there.tolist() == [[True] * 3, [True, True, False], [False] * 3]
+    assert embedders.words(Conditions()) is None

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lediflow.errors import UserError
 from lediflow.networks import hourglass as hg
+from lediflow.networks import positions
 
 
 def test_rms_norm_plain_and_adaptive():
@@ -37,15 +38,15 @@ def test_geglu_is_a_times_gelu_of_gate():
 
 
 def test_positions_are_cell_centres_and_pool_to_the_coarser_grid():
-    p = hg.axial_positions((4, 8))
+    p = positions.axial_positions((4, 8))
     assert p[0, 0].tolist() == pytest.approx([-0.375, -0.875])
     assert p[-1, -1].tolist() == pytest.approx([0.375, 0.875])
     pooled = p.view(2, 2, 4, 2, 2).mean((1, 3))
-    torch.testing.assert_close(pooled, hg.axial_positions((2, 4)))
+    torch.testing.assert_close(pooled, positions.axial_positions((2, 4)))
 
 
 def test_rope_frequencies_and_rotation():
-    cos, sin = hg.rope_table((1, 2), 2, 16, torch.device("cpu"), torch.float64)
+    cos, sin = positions.rope_table((1, 2), 2, 16, torch.device("cpu"), torch.float64)
     assert cos.shape == (2, 2, 4)
     # x positions are -0.5 and 0.5; frequencies log-spaced from pi to 10 pi over 2 heads x 2, interleaved
     frequencies = [math.pi * 10 ** (i / 4) for i in range(4)]
@@ -55,7 +56,7 @@ def test_rope_frequencies_and_rotation():
     assert (sin[1, :, :2] == box).all()
 
     x = torch.randn(1, 2, 2, 16, dtype=torch.float64)
-    y = hg.rotate(x, cos, sin)
+    y = positions.rotate(x, cos, sin)
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(y[..., 8:], x[..., 8:]), "the second half of a head does not turn"
 
@@ -63,8 +64,8 @@ def test_rope_frequencies_and_rotation():
 def test_attention_depends_on_relative_position_only():
     """Rotary embeddings: shifting all positions along an axis leaves q.k as it was."""
     x = torch.randn(1, 1, 1, 16, dtype=torch.float64).expand(1, 6, 1, 16)
-    cos, sin = hg.rope_table((1, 6), 1, 16, torch.device("cpu"), torch.float64)
-    r = hg.rotate(x, cos, sin)[0, :, 0]
+    cos, sin = positions.rope_table((1, 6), 1, 16, torch.device("cpu"), torch.float64)
+    r = positions.rotate(x, cos, sin)[0, :, 0]
     gram = r @ r.T
     for offset in range(1, 6):
         torch.testing.assert_close(gram.diagonal(offset), gram.diagonal(offset)[:1].expand(6 - offset))

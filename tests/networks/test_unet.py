@@ -10,7 +10,7 @@ from lediflow.conditions import Conditions
 from lediflow.errors import UserError
 from lediflow.flow import average_velocity_correction
 from lediflow.networks.attention import forward_mode
-from lediflow.networks.hourglass import rope_table
+from lediflow.networks.positions import rope_table
 from lediflow.networks.unet import VelocityUNet
 from lediflow.networks.upsampling_prior import UpsamplingPrior
 from lediflow.networks.velocity import VelocityTransformer

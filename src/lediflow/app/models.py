@@ -42,6 +42,7 @@ class Models:
         *,
         upsampler: str | None = None,
         codec: str | None = None,
+        text_encoder: str | None = None,
         device: str | None = None,
         dtype: str = "fp32",
     ) -> Models:
@@ -51,6 +52,7 @@ class Models:
             model: run folder, saved pipeline folder, Hub id, or the name of a built-in model.
             upsampler: likewise, of one that enlarges images; None for none.
             codec: folder or Hub id of the codec, where it is not where it was.
+            text_encoder: likewise, of the frozen encoder of texts.
             device: name of one, or None for the best there is.
             dtype: "fp32", "bf16", "fp16" or "auto".
 
@@ -69,6 +71,8 @@ class Models:
                 one.set_progress_bar_config(disable=True)
         if codec is not None:
             pipeline.load_codec(codec)
+        if text_encoder is not None:
+            pipeline.load_text_encoder(text_encoder)
         return cls(model, pipeline, pipeline.digest(), settle_precision(dtype, where), baseline, enlarging)
 
     @property

@@ -13,6 +13,7 @@ def make_again(
     *,
     overwrite: bool,
     codec: str | None,
+    text_encoder: str | None,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -24,6 +25,7 @@ def make_again(
         output: folder.
         overwrite: replace a file of that name.
         codec: folder or Hub id, or None.
+        text_encoder: folder or Hub id, or None.
         device: name of one, or None.
         as_json: print the report as JSON.
 
@@ -49,6 +51,8 @@ def make_again(
     pipeline.set_progress_bar_config(disable=True)
     if codec is not None:
         pipeline.load_codec(codec)
+    if text_encoder is not None:
+        pipeline.load_text_encoder(text_encoder)
     if pipeline.digest() != recipe.weights:
         raise UserError(
             f"{quoted(file)} was made by a model with other weights than {model or recipe.model} has now; "

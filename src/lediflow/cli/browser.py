@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lediflow.cli.options import CodecFolder, Device, Dtype
+from lediflow.cli.options import CodecFolder, Device, Dtype, TextEncoderFolder
 
 MODEL = "emoji"
 
@@ -41,6 +41,7 @@ def app(
     max_pictures: Annotated[int, typer.Option(help="Most pictures of one request.")] = 64,
     max_queue: Annotated[int, typer.Option(help="Most requests that wait.")] = 32,
     codec: CodecFolder = None,
+    text_encoder: TextEncoderFolder = None,
     device: Device = None,
     dtype: Dtype = "fp32",
 ) -> None:
@@ -64,7 +65,9 @@ def app(
         file_mb=_positive("--max-file-mb", max_file_mb),
         queue=_positive("--max-queue", max_queue),
     )
-    models = Models.load(model, upsampler=upsampler, codec=codec, device=device, dtype=dtype)
+    models = Models.load(
+        model, upsampler=upsampler, codec=codec, text_encoder=text_encoder, device=device, dtype=dtype
+    )
     if share:
         print(
             "warning: --share puts this page on the internet for a week; whoever knows its address can "

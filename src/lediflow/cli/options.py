@@ -117,6 +117,14 @@ CodecFolder = Annotated[
         show_default=False,
     ),
 ]
+TextEncoderFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--text-encoder",
+        help="Folder or Hub id of the frozen text encoder, if it is not where it was in training.",
+        show_default=False,
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Remove the images of another request from the folder.")
 ]

@@ -30,6 +30,7 @@ from lediflow.cli.options import (
     Prompts,
     Seed,
     Steps,
+    TextEncoderFolder,
     listed,
 )
 
@@ -59,6 +60,7 @@ def sample(
     first_image: Annotated[int, typer.Option(help="Index of the first image, to extend a request.")] = 0,
     batch_size: BatchSize = 64,
     codec: CodecFolder = None,
+    text_encoder: TextEncoderFolder = None,
     device: Device = None,
     dtype: Dtype = "fp32",
     compile: Compiled = False,
@@ -97,6 +99,7 @@ def sample(
             output,
             overwrite=overwrite,
             codec=codec,
+            text_encoder=text_encoder,
             device=device,
             as_json=as_json,
         )
@@ -119,6 +122,8 @@ def sample(
     pipeline = load_pipeline(model).to(where if processes.num_processes == 1 else processes.device)
     if codec is not None:
         pipeline.load_codec(codec)
+    if text_encoder is not None:
+        pipeline.load_text_encoder(text_encoder)
     told: dict[str, Any] = {
         "class_labels": _class_labels(pipeline, classes),
         "cluster": listed([cluster]) if cluster else None,

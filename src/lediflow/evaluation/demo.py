@@ -22,10 +22,10 @@ from lediflow.evaluation.evaluate import (
     open_model,
 )
 from lediflow.evaluation.plots import Point, labelled_grid, quality_plot
-from lediflow.evaluation.real import RealImages, classifier_features, default_cache
+from lediflow.evaluation.real import RealImages, classifier_features
 from lediflow.evaluation.request import Request, Settings
 from lediflow.evaluation.tables import markdown_table, point, verdict
-from lediflow.files import explained, write_text
+from lediflow.files import default_cache, explained, write_text
 from lediflow.metrics.classifier import accuracy
 from lediflow.metrics.features import CLASSIFIER
 from lediflow.pictures import to_float
@@ -77,7 +77,7 @@ def compare_run(
     Args:
         run: folder with the stages auxiliary, flow, sampler and baseline trained; refined ones have rows too.
         device: "cpu", "cuda" or "mps"; None for the best there is.
-        cache: folder of features of real sets; None for `real.default_cache()`.
+        cache: folder of features of real sets; None for `files.default_cache()`.
         classifier_steps: training steps of the classifier.
 
     Raises:

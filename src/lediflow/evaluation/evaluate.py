@@ -27,10 +27,10 @@ from lediflow.devices import check_device
 from lediflow.errors import UserError
 from lediflow.evaluation.kept import claim, read_row, write_row
 from lediflow.evaluation.measure import generated_features, in_pixels, notes_of, reconstruction, timings
-from lediflow.evaluation.real import RealSide, count_notes, default_cache, named, open_real_side
+from lediflow.evaluation.real import RealSide, count_notes, named, open_real_side
 from lediflow.evaluation.report import write_report
 from lediflow.evaluation.request import Request, Settings, latent_words, strength_words
-from lediflow.files import explained, write_text
+from lediflow.files import default_cache, explained, write_text
 from lediflow.fingerprints import weights_digest
 from lediflow.metrics.pairs import Lpips
 from lediflow.metrics.scores import copies, distances
@@ -83,7 +83,7 @@ def evaluate(
         models: run folders, saved pipelines or Hub ids.
         settings: what is measured.
         output: folder; one that holds rows of the same models and settings is resumed.
-        cache: folder of features of real sets; None for `real.default_cache()`.
+        cache: folder of features of real sets; None for `files.default_cache()`.
         device: "cpu", "cuda" or "mps"; None for the best there is.
         overwrite: replace the report of another request; its rows stay, and those that fit are used.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -35,11 +34,6 @@ from lediflow.progress import Progress
 
 _BLOCK = 256
 DAY = 24 * 3600.0
-
-
-def default_cache() -> Path:
-    """Return the folder of cached features: lediflow in XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lediflow"
 
 
 class RealImages:

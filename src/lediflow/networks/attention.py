@@ -183,6 +183,23 @@ def check_backend(name: str | None) -> None:
         )
 
 
+def attend_beside(q: Tensor, k: Tensor, v: Tensor, further: tuple[Tensor, Tensor], there: Tensor) -> Tensor:
+    """Attend globally, and besides to further keys that are no patches.
+
+    Args:
+        q: queries, (B, heads, H*W, d).
+        k: keys, same shape.
+        v: values, same shape.
+        further: keys and values, (B, heads, L, d) each.
+        there: which of them there are, bool (B, L).
+
+    Returns:
+        (B, heads, H*W, d).
+    """
+    mask = torch.cat((there.new_ones(len(there), k.shape[2]), there), dim=1)[:, None, None]
+    return _attend(q, torch.cat((k, further[0]), dim=2), torch.cat((v, further[1]), dim=2), mask)
+
+
 # Dense: one attention under a mask
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from operator import index
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lediflow.errors import UserError
-from lediflow.networks.attention import check_backend, compile_time_constant, forced_backend, self_attention
+from lediflow.networks.attention import attend_beside, check_backend, forced_backend, self_attention
 from lediflow.networks.model import Network
+from lediflow.networks.positions import rope_table, rotate
 
 EPS = 1e-6
 
@@ -75,59 +77,29 @@ class GEGLU(nn.Module):
         return self.down(a * F.gelu(gate))
 
 
-# Positions
-
-
-def axial_positions(grid: tuple[int, int]) -> Tensor:
-    """Return the centres (y, x) of the cells in the box [-1, 1]^2 fitted to the grid: float64 (H, W, 2).
-
-    The box depends on the aspect alone, so a 2x2 mean of these positions is the coarser grid's own.
-    """
-    h, w = grid
-    y_max, x_max = min(1.0, h / w), min(1.0, w / h)
-    y = (2 * torch.arange(h, dtype=torch.float64) + 1 - h) / h * y_max
-    x = (2 * torch.arange(w, dtype=torch.float64) + 1 - w) / w * x_max
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
-
-
-@compile_time_constant
-def rope_table(
-    grid: tuple[int, int],
-    n_heads: int,
-    d_head: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    trained_side: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the angles of axial rotary embeddings, each (H*W, n_heads, d_head // 4).
-
-    Half of each head turns: d_head / 8 frequencies for each axis, log-spaced from pi to 10 pi and interleaved
-    across the heads. With a `trained_side` two neighbours are as far apart as in a grid of that longer side,
-    whatever this grid is.
-    """
-    n = d_head // 8
-    ends = math.log(math.pi), math.log(10 * math.pi)
-    log_frequencies = torch.linspace(*ends, n_heads * n + 1, dtype=torch.float64)[:-1]
-    frequencies = log_frequencies.exp().view(n, n_heads).T  # (n_heads, n)
-    positions = axial_positions(grid).reshape(-1, 1, 2, 1)
-    if trained_side is not None:
-        positions = positions * (max(grid) / trained_side)
-    theta = (positions * frequencies[None, :, None, :]).flatten(2)  # y angles, then x angles
-    return theta.cos().to(dtype).to(device), theta.sin().to(dtype).to(device)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first half of each head of x (B, H*W, n_heads, d_head) by the angles of `rope_table`."""
-    d = cos.shape[-1]
-    x1, x2, rest = x[..., :d], x[..., d : 2 * d], x[..., 2 * d :]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
-
-
 # Blocks
+
+
+class Words(NamedTuple):
+    """Tokens of a text, which patches attend to beside each other.
+
+    Attributes:
+        tokens: (B, L, words_width).
+        there: which of them there are, bool (B, L).
+    """
+
+    tokens: Tensor
+    there: Tensor
 
 
 class SelfAttention(nn.Module):
     """Cosine attention: unit queries and keys, each times sqrt(s) with s learned per head (init 10).
+
+    Args:
+        width: of the tokens.
+        d_head: of a head.
+        kernel_size: of the neighbourhood; None for global attention.
+        words_width: of the tokens of a text that global attention looks at too; 0 for none.
 
     Attributes:
         trained_side: as for `rope_table`.
@@ -135,41 +107,59 @@ class SelfAttention(nn.Module):
 
     trained_side: int | None = None
 
-    def __init__(self, width: int, d_head: int, kernel_size: int | None):
+    def __init__(self, width: int, d_head: int, kernel_size: int | None, words_width: int = 0):
         super().__init__()
         self.n_heads, self.d_head, self.kernel_size = width // d_head, d_head, kernel_size
         self.qkv = linear(width, 3 * width)
         self.scale = nn.Parameter(torch.full([self.n_heads], 10.0))
         self.out = linear(width, width, zero=True)
+        if words_width:
+            self.words_kv = linear(words_width, 2 * width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, words: Words | None = None) -> Tensor:
         """(B, H, W, width) -> (B, H, W, width)."""
         b, h, w = x.shape[0], index(x.shape[1]), index(x.shape[2])  # a compiled graph is made for one grid
         q, k, v = self.qkv(x).view(b, h * w, 3, self.n_heads, self.d_head).unbind(2)
         root = self.scale.sqrt()[:, None]
         cos, sin = rope_table((h, w), self.n_heads, self.d_head, x.device, q.dtype, self.trained_side)
-        q, k = (
-            rotate(u * (root * torch.rsqrt(mean_square(u) * self.d_head + EPS)).to(u.dtype), cos, sin)
-            for u in (q, k)
-        )
+        q, k = (rotate(unit(u, root), cos, sin) for u in (q, k))
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # (B, heads, H*W, d_head)
-        y = self_attention(q, k, v, (h, w), self.kernel_size)
+        if words is None:
+            y = self_attention(q, k, v, (h, w), self.kernel_size)
+        else:
+            told = self.words_kv(words.tokens).unflatten(-1, (2, self.n_heads, self.d_head))
+            word_k, word_v = told.unbind(2)  # words have no place in the image, so nothing is rotated
+            further = unit(word_k, root).transpose(1, 2), word_v.transpose(1, 2)
+            y = attend_beside(q, k, v, further, words.there)
         return self.out(y.transpose(1, 2).reshape(b, h, w, -1))
+
+
+def unit(x: Tensor, scale: Tensor) -> Tensor:
+    """Return x (B, N, n_heads, d_head) with length `scale`, (n_heads, 1), in each head."""
+    return x * (scale * torch.rsqrt(mean_square(x) * x.shape[-1] + EPS)).to(x.dtype)
 
 
 class Block(nn.Module):
     """Transformer block: x + attention(norm(x, cond)), then x + feed_forward(norm(x, cond))."""
 
-    def __init__(self, width: int, d_ff: int, d_head: int, cond_width: int, kernel_size: int | None):
+    def __init__(
+        self,
+        width: int,
+        d_ff: int,
+        d_head: int,
+        cond_width: int,
+        kernel_size: int | None,
+        words_width: int = 0,
+    ):
         super().__init__()
         self.attention_norm = RMSNorm(width, cond_width)
-        self.attention = SelfAttention(width, d_head, kernel_size)
+        self.attention = SelfAttention(width, d_head, kernel_size, words_width)
         self.feed_forward_norm = RMSNorm(width, cond_width)
         self.feed_forward = GEGLU(width, d_ff)
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor | None = None, words: Words | None = None) -> Tensor:
         """(B, H, W, width) -> (B, H, W, width)."""
-        x = x + self.attention(self.attention_norm(x, cond))
+        x = x + self.attention(self.attention_norm(x, cond), words)
         return x + self.feed_forward(self.feed_forward_norm(x, cond))
 
 
@@ -178,13 +168,13 @@ class Level(nn.ModuleList):
 
     gradient_checkpointing = False
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor | None = None, words: Words | None = None) -> Tensor:
         """(B, H, W, width) -> (B, H, W, width)."""
         for block in self:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, cond)
+                x = self._gradient_checkpointing_func(block, x, cond, words)
             else:
-                x = block(x, cond)
+                x = block(x, cond, words)
         return x
 
 
@@ -288,6 +278,7 @@ class Hourglass(nn.Module):
         cond_width: width of the condition vector, 0 for none.
         kernel_size: of neighbourhood attention.
         global_levels: how many of the lowest levels have global attention.
+        words_width: of the tokens of a text that the lowest level attends to; 0 for none.
     """
 
     def __init__(
@@ -300,32 +291,33 @@ class Hourglass(nn.Module):
         cond_width: int,
         kernel_size: int,
         global_levels: int = 1,
+        words_width: int = 0,
     ):
         super().__init__()
         kernels = level_kernels(len(depths), kernel_size, global_levels)
 
-        def level(i: int) -> Level:
+        def level(i: int, words_width: int = 0) -> Level:
             return Level(
-                Block(widths[i], int(ff_factor * widths[i]), d_head, cond_width, kernels[i])
+                Block(widths[i], int(ff_factor * widths[i]), d_head, cond_width, kernels[i], words_width)
                 for _ in range(depths[i])
             )
 
         upper = range(len(depths) - 1)
         self.down = nn.ModuleList(level(i) for i in upper)
         self.merges = nn.ModuleList(TokenMerge(widths[i], widths[i + 1]) for i in upper)
-        self.middle = level(len(depths) - 1)
+        self.middle = level(len(depths) - 1, words_width)
         self.splits = nn.ModuleList(TokenSplit(widths[i + 1], widths[i]) for i in upper)
         self.lerps = nn.ModuleList(SkipLerp() for _ in upper)
         self.up = nn.ModuleList(level(i) for i in upper)
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor | None = None, words: Words | None = None) -> Tensor:
         """(B, H, W, widths[0]) -> the same shape; cond is (B, cond_width)."""
         skips = []
         for level, merge in zip(self.down, self.merges, strict=True):
             x = level(x, cond)
             skips.append(x)
             x = merge(x)
-        x = self.middle(x, cond)
+        x = self.middle(x, cond, words)
         for i in reversed(range(len(skips))):
             x = self.lerps[i](self.splits[i](x), skips[i])
             x = self.up[i](x, cond)

@@ -11,7 +11,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from lediflow.conditions import NOTHING, Conditions
-from lediflow.networks.conditions import ConditionEmbedders, IntervalFeatures
+from lediflow.errors import UserError
+from lediflow.networks.conditions import ConditionEmbedders
+from lediflow.networks.embedders import IntervalFeatures
 from lediflow.networks.hourglass import (
     FourierFeatures,
     Hourglass,
@@ -79,6 +81,12 @@ class VelocityTransformer(HourglassNetwork, ModelMixin, ConfigMixin):
         self.patch_size, self.average_velocity = patch_size, average_velocity
 
         self.embedders = ConditionEmbedders(conditions or {}, mapping_width, grid)
+        words_width = self.embedders.words_width
+        if words_width and global_levels < 1:
+            raise UserError(
+                f"{name}: the lowest level attends to the words of a text only where it is global; set its "
+                "global_levels to 1 or more, or text.tokens=false"
+            )
         self.patch_in = linear(in_channels * patch_size**2 + self.embedders.features, widths[0])
 
         self.time_features = FourierFeatures(mapping_width)
@@ -96,6 +104,7 @@ class VelocityTransformer(HourglassNetwork, ModelMixin, ConfigMixin):
             cond_width=mapping_width,
             kernel_size=kernel_size,
             global_levels=global_levels,
+            words_width=words_width,
         )
         if any_size:
             keep_distances(self.hourglass, grid)
@@ -127,7 +136,7 @@ class VelocityTransformer(HourglassNetwork, ModelMixin, ConfigMixin):
         if beside:
             tokens = torch.cat((tokens, *beside), dim=-1)
         cond = self.mapping(sum(vectors, self._embed_times(t, r)))
-        tokens = self.hourglass(self.patch_in(tokens), cond)
+        tokens = self.hourglass(self.patch_in(tokens), cond, self.embedders.words(conditions))
         return self.patch_out(self.out_norm(tokens)).movedim(-1, 1).to(x.dtype)
 
     def _embed_times(self, t: Tensor, r: Tensor | None) -> Tensor:

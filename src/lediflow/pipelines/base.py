@@ -24,7 +24,6 @@ from lediflow.hub import download_model
 from lediflow.models import built_in
 from lediflow.networks.hourglass import pair
 from lediflow.networks.model import Network, SafetensorsOnly
-from lediflow.networks.text import text_bytes
 from lediflow.pictures import to_pil
 from lediflow.pipelines.labels import (
     ClassLabels,
@@ -34,6 +33,7 @@ from lediflow.pipelines.labels import (
     check_labels,
     check_prompt,
 )
+from lediflow.pipelines.prompts import PromptReader
 from lediflow.pipelines.strengths import Strength
 from lediflow.sources import image_noise
 
@@ -137,7 +137,7 @@ class CodecPipeline(SafetensorsOnly, DiffusionPipeline):
         )
 
 
-class ImagePipeline(CodecPipeline):
+class ImagePipeline(PromptReader, CodecPipeline):
     """Base of what makes images: a request is a stream of batches, and image i depends on (seed, i) only."""
 
     # what diffusers reads
@@ -221,8 +221,7 @@ class ImagePipeline(CodecPipeline):
         Raises:
             UserError: see `labels.check_labels`, `labels.check_clusters` and `labels.check_prompt`.
         """
-        reader = self.reader
-        prompts = check_prompt(prompt, reader)
+        prompts = check_prompt(prompt, self.reader)
         turn = check_labels(class_labels, self.flow.classes(), self.config.get("id2label"))
         clusters = check_clusters(cluster, self.clusters)
         if prompts and class_labels is None:
@@ -239,16 +238,8 @@ class ImagePipeline(CodecPipeline):
         return Conditions(
             label=None if label is None else to_device(label, self.device),
             cluster=None if found is None else to_device(found, self.device),
-            text=to_device(text_bytes(texts, reader.config.conditions["text"]["length"]), self.device)
-            if prompts
-            else None,
+            text=to_device(self.told(texts), self.device) if prompts else None,
         )
-
-    @property
-    def reader(self) -> Any:
-        """The network that is told texts; None for a model without."""
-        networks = (self.components.get(name) for name in ("flow", "sampler"))
-        return next((n for n in networks if n is not None and "text" in (n.config.conditions or ())), None)
 
     # Guidance
 
@@ -386,6 +377,8 @@ class ImagePipeline(CodecPipeline):
         known = ("pil", "pt", "latent") if self.config.codec_space else ("pil", "pt")
         if output_type not in known:
             raise UserError(f"output_type must be {' or '.join(map(repr, known))}, not {output_type!r}")
+        if told := check_prompt(prompt, self.reader):
+            self.check_told(told)
         self.labels_of([], class_labels, cluster=cluster, prompt=prompt)
 
     # Compiling

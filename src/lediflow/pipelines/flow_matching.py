@@ -28,6 +28,8 @@ class FlowMatchingPipeline(Inpainting):
         clusters: of z, where the flow is told an image's cluster.
         weak_flow: a worse flow, for autoguidance.
         strengths: of guidance, by the names of the arguments of `__call__`, where None is asked for.
+        prompt_encoder: where the frozen encoder of texts was, and its fingerprint
+            (`text_encoders.TextEncoder.record`); None for a model that is told none, or by bytes.
         format: of the saved pipeline, which is always the one that this version writes.
     """
 
@@ -40,12 +42,17 @@ class FlowMatchingPipeline(Inpainting):
         clusters: Clusters | None = None,
         weak_flow: VelocityTransformer | None = None,
         strengths: dict[str, float] | None = None,
+        prompt_encoder: dict[str, Any] | None = None,
         format: int = FORMAT,
     ):
         super().__init__()
         self.register_modules(flow=flow, vae=vae, clusters=clusters, weak_flow=weak_flow)
         self.register_to_config(
-            codec_space=codec_space, id2label=id2label, strengths=strengths, format=FORMAT
+            codec_space=codec_space,
+            id2label=id2label,
+            strengths=strengths,
+            prompt_encoder=prompt_encoder,
+            format=FORMAT,
         )
 
     def __call__(

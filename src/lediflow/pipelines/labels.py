@@ -88,15 +88,21 @@ def check_prompt(prompt: Any, network: Any) -> list[str]:
     for text in wanted:
         if not isinstance(text, str):
             raise UserError(f"a prompt is a text, not {text!r}")
-    length = network.config.conditions["text"]["length"]
-    long = [text for text in wanted if len(plain_words(text).encode()) > length]
+    settings = network.config.conditions["text"]
+    if settings["embedder"] == "characters":
+        length = settings["length"]
+        warn_of_cut([text for text in wanted if len(plain_words(text).encode()) > length], length, "bytes")
+    return wanted
+
+
+def warn_of_cut(long: Sequence[str], length: int, unit: str) -> None:
+    """Warn where some prompts are longer than a model reads."""
     if long:
         warnings.warn(
-            f"a prompt is cut after {length} bytes, which is what this model reads: "
+            f"a prompt is cut after {length} {unit}, which is what this model reads: "
             f"{quoted(textwrap.shorten(long[0], 80))}",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return wanted
 
 
 def _index(label: int | str, num_classes: int, id2label: Mapping[str, str], kind: str) -> int:

@@ -36,6 +36,8 @@ class LeDiFlowPipeline(Anonymizing, Editing):
         weak_flow: a worse flow, for autoguidance.
         weak_sampler: a worse latent sampler, for autoguidance.
         strengths: of guidance, by the names of the arguments of `__call__`, where None is asked for.
+        prompt_encoder: where the frozen encoder of texts was, and its fingerprint
+            (`text_encoders.TextEncoder.record`); None for a model that is told none, or by bytes.
         format: of the saved pipeline, which is always the one that this version writes.
     """
 
@@ -51,6 +53,7 @@ class LeDiFlowPipeline(Anonymizing, Editing):
         weak_flow: VelocityTransformer | None = None,
         weak_sampler: VelocityTransformer | None = None,
         strengths: dict[str, float] | None = None,
+        prompt_encoder: dict[str, Any] | None = None,
         format: int = FORMAT,
     ):
         super().__init__()
@@ -64,7 +67,11 @@ class LeDiFlowPipeline(Anonymizing, Editing):
             weak_sampler=weak_sampler,
         )
         self.register_to_config(
-            codec_space=codec_space, id2label=id2label, strengths=strengths, format=FORMAT
+            codec_space=codec_space,
+            id2label=id2label,
+            strengths=strengths,
+            prompt_encoder=prompt_encoder,
+            format=FORMAT,
         )
 
     def __call__(

@@ -124,17 +124,22 @@ def _labels(config: Config, network: str, strengths: Strengths) -> dict[str, Any
         name: {"embedder": "class", "classes": count} for name, count in counts.items() if count
     }
     if config.text.told(network):
-        told["text"] = {
-            "embedder": "characters",
-            "length": config.text.max_length,
-            "features": config.text.width,
-        }
+        told["text"] = _text(config)
     ranges = {
         name: {"embedder": "range", "low": low, "high": high} for name, (low, high) in strengths.items()
     }
     if config.data.augment and network != "flow":  # z tells the flow
         told[NAME] = {"embedder": "numbers", "numbers": NUMBERS}
     return {**told, **ranges}
+
+
+def _text(config: Config) -> dict[str, Any]:
+    """How a network is told a text."""
+    text = config.text
+    sizes = {"length": text.max_length, "features": text.width}
+    if text.frozen:
+        return {"embedder": "encoded", **sizes, "tokens": text.tokens}
+    return {"embedder": "characters", **sizes}
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

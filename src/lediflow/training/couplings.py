@@ -26,6 +26,7 @@ from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.networks.text import text_bytes
 from lediflow.sources import BatchNoise, image_noise, optimal_coupling
 from lediflow.training.config import Config
+from lediflow.training.texts import EncodedTexts
 
 PREVIEW_IMAGES = 8
 Batch = Mapping[str, Tensor]
@@ -41,12 +42,15 @@ class Context:
         data: what is trained on.
         device: where.
         trained: name of a finished stage -> its network with the averaged weights.
+        encoded: the texts of the training images as a frozen encoder reads them, by an image's index; None
+            where no network is told them, or by another encoder.
     """
 
     config: Config
     data: TrainingData
     device: torch.device
     trained: Callable[[str], Any]
+    encoded: EncodedTexts | None = None
     _networks: dict[str, Any] = field(default_factory=dict)
 
     def network(self, stage: str) -> Any:
@@ -62,8 +66,11 @@ class Context:
         return Posteriors(self.network("auxiliary"), self.data, self.device)
 
     @cached_property
-    def texts(self) -> Tensor:
+    def texts(self) -> Tensor | EncodedTexts:
         """The texts of the training images as networks are told them, by an image's index; (N, ...)."""
+        if self.config.text.frozen:
+            assert self.encoded is not None, "whoever starts a run encodes its texts"
+            return self.encoded
         return text_bytes(self.data.texts, self.config.text.max_length).to(self.device)
 
 

@@ -148,7 +148,7 @@ class Objective(ABC):
     def given(self, conditions: Conditions, noise: BatchNoise) -> Conditions:
         """Drop class, cluster and text of a share of the batch at random: guidance must do without them.
 
-        Of a text some words are dropped too; and beside a text, it alone, or all but it.
+        Of a text's bytes some words are dropped too; and beside a text, it alone, or all but it.
         """
         if not conditions.labels:
             return conditions
@@ -161,7 +161,7 @@ class Objective(ABC):
 
     def _fewer_words(self, conditions: Conditions, noise: BatchNoise) -> Conditions:
         share = self.config.text.word_dropout
-        if not share:
+        if not share or self.config.text.frozen:
             return conditions
         draws = torch.special.ndtr(noise.normal((MOST_WORDS,), "words"))
         return conditions.also(text=without_words(conditions["text"], draws < share))

@@ -38,7 +38,8 @@ def write_publication(
 ) -> None:
     """Write what is shared of a run to an empty folder.
 
-    A codec that is a folder of this machine comes along; one of the Hub is loaded from there.
+    A codec that is a folder of this machine comes along; one of the Hub is loaded from there. A frozen text
+    encoder does not come along, for it may be much larger than the model: its name and fingerprint do.
 
     Args:
         model: a run folder, or that of one of its stages that has a pipeline.
@@ -65,6 +66,9 @@ def write_publication(
     if space and Path(space["codec"]).expanduser().exists():
         pipeline.load_codec()
         pipeline.register_to_config(codec_space={**space, "codec": _name(space["codec"])})
+    encoder = pipeline.config.get("prompt_encoder")
+    if encoder and Path(encoder["name"]).is_absolute():
+        pipeline.register_to_config(prompt_encoder={**encoder, "name": _name(encoder["name"])})
     picture = ""
     if images and isinstance(pipeline, ImagePipeline):
         pipeline.set_progress_bar_config(disable=True)
@@ -118,12 +122,15 @@ def _without_paths(config: Config) -> Config:
     update: dict[str, Any] = {"data": config.data.model_copy(update=data)}
     if config.codec is not None and config.codec.model in _paths(config):
         update["codec"] = config.codec.model_copy(update={"model": _name(config.codec.model)})
+    if config.text.encoder in _paths(config):
+        update["text"] = config.text.model_copy(update={"encoder": _name(str(config.text.encoder))})
     return config.model_copy(update=update)
 
 
 def _paths(config: Config) -> list[str]:
     """The settings that name a file or folder of this machine, the longest first."""
-    said = [config.data.train, config.data.validation, config.codec.model if config.codec else None]
+    codec = config.codec.model if config.codec else None
+    said = [config.data.train, config.data.validation, codec, config.text.encoder]
     return sorted({x for x in said if x and _is_local(x)}, key=len, reverse=True)
 
 

@@ -23,6 +23,7 @@ from lediflow.training.objectives import Objective
 from lediflow.training.processes import make_accelerator
 from lediflow.training.stages import STAGES
 from lediflow.training.teacher import check_strengths
+from lediflow.training.texts import made_up_texts, settle_text
 
 STEPS = 2  # timed, after one that is not
 
@@ -72,8 +73,10 @@ def rehearse(
     check_strengths(config, config.chosen(stages))
     accelerator = make_accelerator(config.training, device)
     data, where = open_data(config), check_device(device)
-    config = settle_clusters(config, data)
+    config, encoder = settle_text(settle_clusters(config, data), accelerator)
     context = Context(config, data, accelerator.device, lambda name: build_network(STAGES[name], config))
+    if encoder is not None:
+        context.encoded = made_up_texts(config, len(data.texts), accelerator.device)
     estimates, first = [], None
     for spec in config.chosen(stages):
         if not OBJECTIVES[spec.objective].by_gradients:

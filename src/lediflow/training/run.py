@@ -5,6 +5,7 @@ RUN/<stage>/                checkpoints/step-N/, metrics.jsonl, previews/
 RUN/codec_space.json       codec and scale of the codec latents, where it trains on these
 RUN/dataset.json            the commit of a Hub data set
 RUN/broken-images.txt       the images that were left out, and why
+RUN/text_encoder.json       where the frozen encoder of texts was, and its fingerprint
 RUN/logs/<stage>/           TensorBoard
 RUN/pipeline/ and others    what `from_pretrained` loads (run_pipelines.py)
 RUN/README.md               model card (card.py)
@@ -51,6 +52,7 @@ from lediflow.training.run_pipelines import (
 from lediflow.training.solving import solve
 from lediflow.training.stages import StageSpec
 from lediflow.training.teacher import check_strengths
+from lediflow.training.texts import EncodedTexts, FrozenEncoder, settle_text
 from lediflow.training.trackers import check_tracker, start_tracker, stop_tracker
 from lediflow.training.trainer import Interrupted, check_batches, fit
 
@@ -92,11 +94,13 @@ def train(
     if not accelerator.is_main_process:
         warnings.simplefilter("ignore", UserWarning)  # the main process says it
     data = open_data(config, run if resume else None)
-    config = settle_clusters(config, data)
+    config, encoder = settle_text(settle_clusters(config, data), accelerator)
     _refuse_another_run(run, config, chosen, resume)
     if resume:
         refuse_other_latents(run, data)
-    on_main(accelerator, lambda: _claim(run, config, data, chosen, resume))
+        if encoder is not None:
+            on_main(accelerator, lambda: encoder.refuse_another(run))
+    on_main(accelerator, lambda: _claim(run, config, data, chosen, resume, encoder))
     if accelerator.is_main_process:
         _say(f"{describe(data, config)}; run folder {run}")
         if config.training.precision == "auto":
@@ -105,8 +109,13 @@ def train(
             _say(busy)
         if (count := accelerator.num_processes) > 1:
             _say(f"{count} processes ({config.training.parallel}) on {accelerator.device.type}")
+    texts = None
+    if encoder is not None:
+        if any(config.text.told(spec.network) for spec in chosen):
+            texts = encoder.encode(config, data.texts, accelerator)
+        encoder.model = None  # its memory is wanted
     try:
-        _train_stages(config, run, chosen, data, accelerator, resume=resume)
+        _train_stages(config, run, chosen, data, texts, accelerator, resume=resume)
     except Interrupted:
         accelerator.end_training()
         raise
@@ -119,11 +128,12 @@ def _train_stages(
     run: Path,
     chosen: list[StageSpec],
     data: TrainingData,
+    texts: EncodedTexts | None,
     accelerator: Accelerator,
     *,
     resume: bool,
 ) -> None:
-    context = Context(config, data, accelerator.device, lambda name: load_network(run, name, config))
+    context = Context(config, data, accelerator.device, lambda name: load_network(run, name, config), texts)
     for spec in chosen:
         identity = _identity(spec, config, run)
         with torch.no_grad(), accelerator.autocast():
@@ -193,7 +203,14 @@ def _refuse_another_run(run: Path, config: Config, chosen: list[StageSpec], resu
         )
 
 
-def _claim(run: Path, config: Config, data: TrainingData, chosen: list[StageSpec], resume: bool) -> None:
+def _claim(
+    run: Path,
+    config: Config,
+    data: TrainingData,
+    chosen: list[StageSpec],
+    resume: bool,
+    encoder: FrozenEncoder | None,
+) -> None:
     """Make the run folder this config's; the stages' earlier folders move aside unless they are resumed."""
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -205,6 +222,8 @@ def _claim(run: Path, config: Config, data: TrainingData, chosen: list[StageSpec
         write_text(run / "config.yaml", config.to_yaml())
         keep_codec_space(run, data)
         keep_dataset(run, config, data)
+        if encoder is not None:
+            encoder.keep(run)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error}; choose another --output") from None
 

@@ -26,6 +26,7 @@ from lediflow.training.builders import OBJECTIVES, build_network
 from lediflow.training.config import Config
 from lediflow.training.inputs import codec_space
 from lediflow.training.stages import STAGES, check_stage
+from lediflow.training.texts import kept_encoder
 from lediflow.upsampling import MAX_NOISE_LEVEL
 
 STRENGTHS = "strengths.json"  # in the run folder: the best strengths of guidance that were found
@@ -218,6 +219,8 @@ def _write(
         settings = _settings(row, config, class_names)
         if strengths := kept_strengths(run, folder, stages):
             settings["strengths"] = strengths
+        if config.text.frozen and any(config.text.told(STAGES[name].network) for name in stages.values()):
+            settings["prompt_encoder"] = kept_encoder(run)
         pipeline: Any = PIPELINES[row.kind](**networks, codec_space=codec_space(run), **settings)
         write_folder(target / folder / "pipeline", pipeline.save_pretrained)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -133,7 +133,9 @@ class TextConfig(Section):
     """Words: what an image is told to be in a text, beside classes and clusters."""
 
     encoder: str | None = Field(
-        None, description="null: no text; characters: a small encoder that is trained along, of any words"
+        None,
+        description="null: no text; characters: a small encoder that is trained along, of any words; else a "
+        "frozen text model of transformers (CLIP, T5), by folder or Hub id owner/name[@revision]",
     )
     column: str | None = Field(
         None,
@@ -143,9 +145,17 @@ class TextConfig(Section):
         ("sampler",), min_length=1, description="which networks are told an image's text"
     )
     max_length: Annotated[int, Field(ge=1, le=1024)] = Field(
-        64, description="bytes of a text that are looked at; what is longer is cut"
+        64,
+        description="how much of a text is looked at: bytes, or tokens of a frozen encoder, which may itself "
+        "read fewer; what is longer is cut",
     )
-    width: Positive = Field(64, description="features of a word and of a piece of one")
+    width: Positive = Field(
+        64, description="features of a word and of a piece of one; a frozen encoder has its own"
+    )
+    tokens: bool = Field(
+        False,
+        description="the network's lowest level attends to the tokens of a text too; needs a frozen encoder",
+    )
     dropout: float = Field(
         0.2,
         ge=0,
@@ -153,7 +163,12 @@ class TextConfig(Section):
         description="share in which the text is left out and class and cluster stay, and likewise the other "
         "way round, beside training.label_dropout, which leaves out all",
     )
-    word_dropout: float = Field(0.1, ge=0, lt=1, description="share of words left out of the texts")
+    word_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of words left out of the texts; a frozen encoder reads whole texts",
+    )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -161,6 +176,17 @@ class TextConfig(Section):
         if self.encoder is None:
             return ()
         return ("text", "caption") if self.column is None else (self.column,)
+
+    @model_validator(mode="after")
+    def _tokens_of_a_frozen_encoder(self) -> TextConfig:
+        if self.tokens and not self.frozen:
+            raise ValueError("text.tokens needs a frozen encoder (text.encoder)")
+        return self
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the encoder is one that is not trained."""
+        return self.encoder not in (None, "characters")
 
     def told(self, network: str) -> bool:
         """Whether a network is told the text of an image."""
