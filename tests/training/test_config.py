@@ -110,6 +110,10 @@ def test_what_cannot_be_extended_is_named(tmp_path):
     (tmp_path / "own.yaml").write_text("extends: own.yaml\n")
     with pytest.raises(UserError, match="circle"):
         load_config(tmp_path / "own.yaml")
+    for base in ("{}", "[digits]", "7", "''"):
+        (tmp_path / "odd.yaml").write_text(f"extends: {base}\n")
+        with pytest.raises(UserError, match="extends must name a preset|unknown preset"):
+            load_config(tmp_path / "odd.yaml")
     (tmp_path / "lost.yaml").write_text("extends: digit\n")
     with pytest.raises(UserError, match="unknown preset 'digit'.*did you mean 'digits'"):
         load_config(tmp_path / "lost.yaml")

@@ -86,7 +86,7 @@ def sample(
 
         lediflow sample runs/flowers/baseline -n 64 --steps 8 --output samples-fm
 
-        lediflow sample runs/emoji -n 16 --prompt "red heart" --prompt "sleepy cat"
+        lediflow sample emoji -n 16 --prompt "red heart" --prompt "grinning face"
 
         torchrun --nproc-per-node 8 -m lediflow sample runs/flowers -n 50000 --class tulips --guidance 1.5
 

@@ -298,10 +298,12 @@ def _read_tree(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    if str(base) in above or len(above) > 8:
-        circle = " -> ".join((*above, str(source), str(base)))
+    if not isinstance(base, str):
+        raise UserError(f"{source}: extends must name a preset or a YAML file, not {base!r}")
+    if base in above or len(above) > 8:
+        circle = " -> ".join((*above, str(source), base))
         raise UserError(f"{source}: extends runs in a circle: {circle}")
-    beside = Path(source).parent / str(base)
+    beside = Path(source).parent / base
     found = beside if beside.is_file() else base
     return _merged(_read_tree(found, (*above, str(source))), tree)
 
