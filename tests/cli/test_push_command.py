@@ -185,7 +185,12 @@ def test_half_the_size(tiny_mean_run, tmp_path, lediflow):
 def test_a_local_codec_comes_along(hub, tiny_codec, tiny_latents, tmp_path, lediflow):
     out, config = tmp_path / "look", load_config("digits", tiny_codec_settings(tiny_codec, tiny_latents))
     run = train(config, tmp_path / "run", stages=["baseline"], device="cpu")
-    assert lediflow("push", run / "baseline", ID, "--output", out, "--images", "1").returncode == 0
+    pushed = lediflow("push", run / "baseline", ID, "--output", out, "--images", "1", "--half")
+    assert pushed.returncode == 0, pushed.stderr
+    codec, shared = load_pipeline(run / "baseline"), load_pipeline(out)
+    codec.load_codec()
+    weights = zip(codec.vae.parameters(), shared.vae.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights), "--half is of our networks, not of the codec"
     index = json.loads((out / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", "AutoencoderKL"] and (out / "vae" / "config.json").is_file()
     assert index["codec_space"]["codec"] == "tiny"

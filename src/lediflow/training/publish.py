@@ -47,7 +47,8 @@ def write_publication(
         name: under which it will be known, owner/name.
         licence: of the weights, an identifier of the Hub; "" for none said.
         images: on the picture; 0 for no picture.
-        half: store the weights as fp16; they are loaded as fp32 unless another type is asked for.
+        half: store the weights as fp16, but for a codec's, which would then be another codec; they are loaded
+            as fp32 unless another type is asked for.
         device: that makes them.
 
     Raises:
@@ -61,7 +62,8 @@ def write_publication(
     load: Any = load_upsampler if pipelines[below][0].kind == UPSAMPLE else load_pipeline
     pipeline = load(model).to(device)
     if half:
-        pipeline.to(torch.float16).to(torch.float32)  # the picture is made by the weights that are stored
+        _round(pipeline, torch.float16)
+        _round(pipeline, torch.float32)  # the picture is made by the weights that are stored
     space = pipeline.config.codec_space
     if space and Path(space["codec"]).expanduser().exists():
         pipeline.load_codec()
@@ -75,7 +77,9 @@ def write_publication(
         made = pipeline(images, seed=0, output_type="pt").images
         grid = image_grid(made, scale=max(1, 64 // made.shape[-1]))
         picture = PICTURE
-    pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder)
+    if half:
+        _round(pipeline, torch.float16)
+    pipeline.save_pretrained(folder)
     _forget_origin(folder)
     if picture:
         grid.save(folder / picture)
@@ -85,6 +89,13 @@ def write_publication(
         told_card = told_card.replace(path, _name(path))
     write_text(folder / "README.md", told_card)
     write_text(folder / "config.yaml", told.to_yaml())
+
+
+def _round(pipeline: Any, dtype: torch.dtype) -> None:
+    """Bring the networks of a run to a type; the codec stays the one whose latents they know."""
+    for name, part in pipeline.components.items():
+        if name != "vae" and isinstance(part, torch.nn.Module):
+            part.to(dtype)
 
 
 def _forget_origin(folder: Path) -> None:
