@@ -77,7 +77,7 @@ def inversion(pipe, images, **_):
             how = {"solver": solver, "steps": steps}
             there = pipe.sample_z(w, **how)
             back = pipe.invert_z(there.end, **how)
-            flow = pipe.field(pipe.flow, Conditions(z=z))
+            flow = pipe.flow_field(Conditions(z=z))
             x = ode.integrate(flow, few, reverse=True, **how)
             again = pipe.carry(x.end, z, **how)
             rows.append(

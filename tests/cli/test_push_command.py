@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 
-import httpx2
 import huggingface_hub
 import pytest
 import torch
@@ -18,6 +17,11 @@ from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.pipelines.load import load_pipeline
 from lediflow.training.config import load_config
 from lediflow.training.run import train
+
+try:  # what huggingface_hub speaks through depends on its version
+    import httpx2 as httpx
+except ImportError:
+    import httpx
 
 COMMIT = "c" * 40
 ID = "somebody/digits"
@@ -33,22 +37,22 @@ class FakeHub:
         path = request.url.path
         self.asked.append(f"{request.method} {path}")
         if self.refuse:
-            return httpx2.Response(401, json={"error": "Invalid username or password."})
+            return httpx.Response(401, json={"error": "Invalid username or password."})
         if path == "/api/repos/create":
             asked = json.loads(request.content)
             name = f"{asked['organization']}/{asked['name']}"
             self.repositories[name] = asked.get("private", asked.get("visibility") == "private")
             self.branches[name] = {"main": {}}
-            return httpx2.Response(200, json={"url": f"https://huggingface.co/{name}", "name": name})
+            return httpx.Response(200, json={"url": f"https://huggingface.co/{name}", "name": name})
         if path == "/api/validate-yaml":
-            return httpx2.Response(200, json={"errors": [], "warnings": []})
+            return httpx.Response(200, json={"errors": [], "warnings": []})
         name, action, rest = self._parts(path)
         if action == "branch":
             self.branches[name][rest] = {}
-            return httpx2.Response(200)
+            return httpx.Response(200)
         if action == "preupload":
             files = [file["path"] for file in json.loads(request.content)["files"]]
-            return httpx2.Response(
+            return httpx.Response(
                 200,
                 json={"files": [{"path": f, "uploadMode": "regular", "shouldIgnore": False} for f in files]},
             )
@@ -59,29 +63,29 @@ class FakeHub:
                     content = base64.b64decode(entry["value"]["content"])
                     self.branches[name][rest][entry["value"]["path"]] = content
             url = f"https://huggingface.co/{name}/commit/{COMMIT}"
-            return httpx2.Response(
+            return httpx.Response(
                 200, json={"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""}
             )
         if action == "revision" and rest in {*self.branches.get(name, {}), COMMIT}:
             siblings = [{"rfilename": file} for file in self._files(name, rest)]
-            return httpx2.Response(200, json={"id": name, "sha": COMMIT, "siblings": siblings, "tags": []})
+            return httpx.Response(200, json={"id": name, "sha": COMMIT, "siblings": siblings, "tags": []})
         if action == "tree":  # what a snapshot consists of
             files = self._files(name, rest)
             entries = [
                 {"type": "file", "path": file, "size": len(content), "oid": f"{hash(content):x}"}
                 for file, content in files.items()
             ]
-            return httpx2.Response(200, json=entries)
+            return httpx.Response(200, json=entries)
         if action == "resolve":
             revision, _, file = rest.partition("/")
             content = self._files(name, revision).get(file)
             if content is not None:
                 headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hash(content):x}"'}
                 if request.method == "HEAD":
-                    return httpx2.Response(200, headers={**headers, "Content-Length": str(len(content))})
-                return httpx2.Response(200, headers=headers, content=content)
+                    return httpx.Response(200, headers={**headers, "Content-Length": str(len(content))})
+                return httpx.Response(200, headers=headers, content=content)
         print("UNKNOWN", request.method, request.url)
-        return httpx2.Response(404, headers={"X-Error-Code": "EntryNotFound"}, json={"error": "not found"})
+        return httpx.Response(404, headers={"X-Error-Code": "EntryNotFound"}, json={"error": "not found"})
 
     @staticmethod
     def _parts(path):
@@ -97,7 +101,7 @@ class FakeHub:
 def hub(monkeypatch, tmp_path):
     hub = FakeHub()
     # the Hub's client takes them from these, so that its own code, all of it, makes and reads the requests
-    huggingface_hub.set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(hub)))
+    huggingface_hub.set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(hub)))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     yield hub

@@ -117,6 +117,20 @@ def test_an_inverted_picture_comes_back(pipe, mean_pipe, y):
         mean_pipe.invert(y, latent_solver="mean")
 
 
+def test_a_flow_with_a_strength_of_its_own_is_inverted_and_edited_with_it(y, mask):
+    """`carry` guides by the best strength of training unless told otherwise; so does the way back."""
+    weak = networks(("flow", "flow"), scale=0.1)["flow"]
+    guided = quiet(LeDiFlowPipeline(**networks(*PARTS), weak_flow=weak, strengths={"autoguidance": 1.5}))
+    found = guided.invert([y], solver="rk4", steps=32)
+    again = guided.carry(found.x, found.z, solver="rk4", steps=32).end
+    assert (again - y).norm() < 3e-3 * y.norm()
+    plain = guided.carry(found.x, found.z, solver="rk4", steps=32, autoguidance=1.0).end
+    assert (plain - y).norm() > 3e-2 * y.norm(), "the strength makes a difference"
+    nfe = {"encoder": 1, "decoder": 1, "flow": 2}  # two evaluations where it is guided
+    assert guided.inpaint(y, mask, num_images=1, **ONE_STEP).nfe == nfe
+    assert guided.vary(y, 0, num_images=1, **ONE_STEP).nfe == nfe
+
+
 # Interpolate
 
 

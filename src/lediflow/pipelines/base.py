@@ -273,6 +273,14 @@ class ImagePipeline(PromptReader, CodecPipeline):
             strength.check(name, settled[name])
         return settled
 
+    def flow_field(
+        self, conditions: Conditions, guidance: float | None = None, autoguidance: float | None = None
+    ) -> Field:
+        """Return the flow's field, guided as `field` says; None for the model's own strength."""
+        labels = conditions.labels
+        settled = self.settle_strengths(labels=labels, guidance=guidance, autoguidance=autoguidance)
+        return self.field(self.flow, conditions, settled["guidance"], settled["autoguidance"], self.weak_flow)
+
     def field(
         self,
         network: Any,

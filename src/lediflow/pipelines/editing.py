@@ -153,7 +153,7 @@ class Editing(Inpainting):
             z = self.encode(y).mean
             w = self.invert_z(z, labels, steps=latent_steps, solver=latent_solver)
             prior = self.prior(z)
-            flow = self.field(self.flow, labels.also(z=z))
+            flow = self.flow_field(labels.also(z=z))
             x = ode.integrate(flow, y, steps=steps, solver=solver, reverse=True)
         nfe = {"encoder": 1, "sampler": w.nfe, "decoder": 1, "flow": x.nfe}
         return Inversion(z, w.end, x.end, (x.end - prior.mean) / prior.std, nfe)
@@ -297,7 +297,7 @@ class Editing(Inpainting):
         settled = self.settle(solver=solver, steps=steps)
 
         def make(_y: Tensor, x: Tensor, told: Conditions) -> ode.Solution:
-            flow = self.field(self.flow, told)
+            flow = self.flow_field(told)
             return ode.integrate(flow, x, steps=settled["steps"], solver=settled["solver"])
 
         made, nfe = self._variants(pixels, make, num_images, seed, batch_size, dtype, class_labels, **options)

@@ -123,6 +123,6 @@ class FlowMatchingPipeline(Inpainting):
         return self.noise(self.sample_shape, indices, seed, "x"), labels, {}
 
     def _make(self, noise, labels, *, steps, solver, guidance=1.0, autoguidance=1.0):
-        field = self.field(self.flow, labels, guidance, autoguidance, self.weak_flow)
+        field = self.flow_field(labels, guidance, autoguidance)
         solution = ode.integrate(field, noise[0], steps=steps, solver=solver)
         return solution.end, {"flow": solution.nfe}

@@ -146,7 +146,7 @@ class Inpainting(ImagePipeline):
 
         def make(y: Tensor, x: Tensor, told: Conditions) -> ode.Solution:
             cells = covered(generate, self.sample_shape[1:]).to(y.device).expand(len(x), -1, -1, -1)
-            field = inpainted(self.field(self.flow, told), cells, y - x)
+            field = inpainted(self.flow_field(told), cells, y - x)
             solution = ode.integrate(field, x, steps=settled["steps"], solver=settled["solver"])
             end = torch.where(cells, solution.end, y)  # a sum of steps of y - x is y to rounding only
             return ode.Solution(end, solution.nfe, None, solution.times)
@@ -214,7 +214,7 @@ class Inpainting(ImagePipeline):
             if strength == 0:
                 return ode.Solution(y.expand_as(x), 0, None, times[:1])
             start = phi(x, y.expand_as(x), times)
-            field = self.field(self.flow, told)
+            field = self.flow_field(told)
             return ode.integrate(field, start, steps=settled["steps"], solver=settled["solver"], begin=t)
 
         made, nfe = self._variants(

@@ -270,10 +270,7 @@ class LeDiFlowPipeline(Anonymizing, Editing):
             autoguidance: see `__call__`.
         """
         solver, steps = ode.settle_solver(self.flow, solver, steps, 2)
-        settled = self.settle_strengths(labels=labels.labels, guidance=guidance, autoguidance=autoguidance)
-        field = self.field(
-            self.flow, labels.also(z=z), settled["guidance"], settled["autoguidance"], self.weak_flow
-        )
+        field = self.flow_field(labels.also(z=z), guidance, autoguidance)
         return ode.integrate(field, x, steps=steps, solver=solver)
 
     def _draw(self, indices, seed):
