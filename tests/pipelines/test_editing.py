@@ -117,6 +117,43 @@ def test_an_inverted_picture_comes_back(pipe, mean_pipe, y):
         mean_pipe.invert(y, latent_solver="mean")
 
 
+def test_what_is_hidden_gets_a_z_of_the_latent_sampler(pipe, plain, y, mask):
+    """Its cells differ from variant to variant; those around stay, and a speck is left to the encoder."""
+    mask[:] = False
+    mask[4:12, 4:12] = True  # 2 x 2 of the 4 x 4 cells
+    hidden = torch.from_numpy(mask)[None, None]
+    _, told, nfe = pipe._source(y[None], range(3), 5, Conditions(), hidden=hidden)
+    assert nfe == {"encoder": 2, "decoder": 2, "sampler": 32}
+    inside, z = torch.from_numpy(mask[::4, ::4]), told["z"]
+    w = pipe.auxiliary.unstandardize(w_noise(pipe, 5, range(3), "w"))
+    assert (z - w)[..., inside].abs().min() > 1e-6 and (z[0] - z[1])[..., inside].abs().min() > 1e-6
+    filled_in = torch.where(hidden, pipe.prior(_first_round(pipe, y, inside, 5)).mean, y)
+    torch.testing.assert_close(z[..., ~inside], pipe.encode(filled_in).mean[..., ~inside])
+
+    made = pipe.inpaint(y, mask, masked_content="fill", num_images=2, seed=5, **ONE_STEP)
+    assert made.nfe == {**nfe, "flow": 1}
+    assert plain.inpaint(y, mask, masked_content="fill", num_images=1, **ONE_STEP).nfe == {"flow": 1}
+    mask[:] = False
+    mask[5, 5] = True
+    speck = pipe.inpaint(y, mask, masked_content="fill", num_images=1, **ONE_STEP)
+    assert speck.nfe == {"encoder": 1, "decoder": 1, "flow": 1}
+
+
+def _first_round(pipe, y, inside, seed):
+    """Eq. 7 in the space of z by the midpoint rule; known cells go in a straight line."""
+    w = w_noise(pipe, seed, range(3), "w")
+    known = pipe.auxiliary.standardize(pipe.encode(y[None]).mean.expand(3, -1, -1, -1))
+    field = pipe.field(pipe.sampler, Conditions(), count=3)
+
+    def v(z, t):
+        return torch.where(inside, field(torch.full((3,), t), z), known - w)
+
+    z = w
+    for i in range(8):
+        z = z + v(z + v(z, i / 8) / 16, (i + 0.5) / 8) / 8
+    return pipe.auxiliary.unstandardize(torch.where(inside, z, known))
+
+
 def test_a_flow_with_a_strength_of_its_own_is_inverted_and_edited_with_it(y, mask):
     """`carry` guides by the best strength of training unless told otherwise; so does the way back."""
     weak = networks(("flow", "flow"), scale=0.1)["flow"]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from lediflow import ode
 from lediflow.conditions import Conditions
 from lediflow.errors import UserError, nearest
+from lediflow.fields import inpainted
 from lediflow.flow import phi
 from lediflow.pipelines.base import OutputType, PipelineOutput, mean_nfe
 from lediflow.pipelines.inpainting import Inpainting, check_strength
 from lediflow.pipelines.labels import ClassLabels
-from lediflow.pipelines.photos import Picture
+from lediflow.pipelines.photos import Picture, covered
 from lediflow.sources import Path, between
 
 LATENT_STEPS = 8  # midpoint steps of the latent sampler, back and forth
@@ -315,12 +318,19 @@ class Editing(Inpainting):
         latent_begin: float = 1.0,
         latent_solver: str | None = None,
         latent_steps: int | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Conditions, dict[str, float]]:
         """x ~ P_L at the picture's z, or at z' of w + strength * r, where w is the noise that z came from.
 
-        With `latent_begin` z' is where the latent sampler leads from phi_t of z at that time.
+        With `latent_begin` z' is where the latent sampler leads from phi_t of z at that time. For what is
+        `hidden` in the picture, bool (1, 1, H, W), the latent sampler makes a z.
         """
         z, evaluations = self.encode(y).mean.expand(len(indices), *[-1] * 3), 0.0
+        nfe: Counter[str] = Counter(encoder=1, decoder=1)
+        if hidden is not None:
+            w = self.noise(self.auxiliary.z_shape, indices, seed, "w")
+            z, more = self._imagined(y, z, w, hidden, labels, latent_solvers(latent_solver, latent_steps)[1])
+            nfe.update(more)
         labels = self.of_cluster(labels, z)
         r = self.noise(self.auxiliary.z_shape, indices, seed, "r")
         if latent_begin < 1:
@@ -338,8 +348,40 @@ class Editing(Inpainting):
             moved = self.sample_z(w.end + strength * r, labels, guidance=1.0, autoguidance=1.0, **forth)
             z, evaluations = moved.end, w.nfe + moved.nfe
         noise = self.noise(self.sample_shape, [0] * len(indices) if constant_noise else indices, seed, "x")
-        nfe = {"encoder": 1, **_used("sampler", evaluations), "decoder": 1}
-        return self.prior(z).at(noise), labels.also(z=z), nfe
+        nfe.update(_used("sampler", evaluations))
+        return self.prior(z).at(noise), labels.also(z=z), dict(nfe)
+
+    def _imagined(
+        self, y: Tensor, z: Tensor, w: Tensor, hidden: Tensor, labels: Conditions, how: dict[str, Any]
+    ) -> tuple[Tensor, Counter[str]]:
+        """Make the part of z that stands for what is hidden, by eq. 7 in the space of z; and evaluations.
+
+        The encoder needs something in the hole, which also reaches the cells around. So the mean of the
+        prior goes there, and all is done once more. A cell is made anew if half of its pixels are hidden.
+
+        Args:
+            y: the picture, (1, C, H, W), its hole filled smoothly.
+            z: of the picture, (N, c, h, w).
+            w: preimages of the new z, (N, c, h, w).
+            hidden: bool, (1, 1, H, W).
+            labels: a row for each variant.
+            how: solver and steps of the latent sampler.
+        """
+        share = F.adaptive_avg_pool2d(hidden.to(y), z.shape[-2:])
+        cells, nfe = (share >= 0.5).expand(len(z), -1, -1, -1), Counter[str]()
+        if not bool(cells.any()):
+            return z, nfe
+        hole = covered(hidden, self.sample_shape[1:]).to(y.device)
+        for repeated in (False, True):
+            if repeated:
+                z = self.encode(torch.where(hole, self.prior(z).mean, y)).mean
+                nfe.update(encoder=1, decoder=1)
+            known = self.auxiliary.standardize(z)
+            sampler = self.field(self.sampler, self.of_cluster(labels, z), count=len(z))
+            made = ode.integrate(inpainted(sampler, cells, known - w), w, **how)
+            z = self.auxiliary.unstandardize(torch.where(cells, made.end, known))
+            nfe.update({"sampler": made.nfe})
+        return z, nfe
 
     def _ends(
         self,

@@ -115,7 +115,8 @@ class Inpainting(ImagePipeline):
             output_type: "pil", "pt" for a tensor (N, C, H, W) in [-1, 1] of the photo's size, or "latent"
                 for the region in the codec's latents.
             masked_content: whether the encoder sees what is under the mask ("original", so that what is made
-                resembles it) or a smooth continuation of its surroundings ("fill"; always so for "alpha").
+                resembles it) or not ("fill"; always so for "alpha"). Then a smooth continuation of the
+                surroundings is there, and the latent sampler makes z for it, `latent_steps` steps twice.
             feather: pixels over which the mask's edge is softened, outside of it; what it then does not reach
                 stays as it is.
             constant_noise: all variants share the noise of x ~ P_L, so that only z differs.
@@ -141,7 +142,8 @@ class Inpainting(ImagePipeline):
         region = region_around(mask, padding_mask_crop, (size[0], size[1]))
         pixels = resized(_as_float(region.cut(photo))[None], (size[0], size[1]))
         generate = covered(region.cut(mask)[None] > 0, (size[0], size[1]))
-        if masked_content == "fill" or isinstance(mask_image, str):
+        hide = masked_content == "fill" or isinstance(mask_image, str)
+        if hide:
             pixels = filled(pixels, generate)
 
         def make(y: Tensor, x: Tensor, told: Conditions) -> ode.Solution:
@@ -154,7 +156,7 @@ class Inpainting(ImagePipeline):
         made, nfe = self._variants(
             pixels, make, num_images, seed, batch_size, dtype, class_labels,
             strength=strength, constant_noise=constant_noise,
-            latent_solver=latent_solver, latent_steps=latent_steps,
+            latent_solver=latent_solver, latent_steps=latent_steps, hidden=generate if hide else None,
         )  # fmt: skip
         made, nfe = self._shown(made, nfe, output_type)
         if output_type == "latent":
