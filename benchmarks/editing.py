@@ -137,7 +137,7 @@ def inpainting(pipe, images, features, real, baseline, **_):
             y, mask[0], strength=0.5, seed=k, output_type="pt"
         ),
         "LeDiFlow, the hidden part not seen": lambda y, k: pipe.inpaint(
-            y, mask[0], masked_content="fill", strength=0.5, seed=k, output_type="pt"
+            y, mask[0], masked_content="fill", seed=k, output_type="pt"
         ),
     }
     if baseline is not None:

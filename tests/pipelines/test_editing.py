@@ -122,7 +122,7 @@ def test_what_is_hidden_gets_a_z_of_the_latent_sampler(pipe, plain, y, mask):
     mask[:] = False
     mask[4:12, 4:12] = True  # 2 x 2 of the 4 x 4 cells
     hidden = torch.from_numpy(mask)[None, None]
-    _, told, nfe = pipe._source(y[None], range(3), 5, Conditions(), hidden=hidden)
+    _, told, nfe = pipe._source(y[None], range(3), 5, Conditions(), region=hidden, hide=True)
     assert nfe == {"encoder": 2, "decoder": 2, "sampler": 32}
     inside, z = torch.from_numpy(mask[::4, ::4]), told["z"]
     w = pipe.auxiliary.unstandardize(w_noise(pipe, 5, range(3), "w"))
@@ -152,6 +152,23 @@ def _first_round(pipe, y, inside, seed):
     for i in range(8):
         z = z + v(z + v(z, i / 8) / 16, (i + 0.5) / 8) / 8
     return pipe.auxiliary.unstandardize(torch.where(inside, z, known))
+
+
+def test_strength_changes_z_of_what_the_mask_touches_alone(pipe, y, mask):
+    region = torch.from_numpy(mask)[None, None]  # rows 4 to 12 and columns 5 to 13
+    touched = torch.zeros(4, 4, dtype=torch.bool)
+    touched[1:3, 1:4] = True
+    z = pipe.encode(y[None]).mean
+    for strength, hide in ((0.0, False), (0.5, False), (1.0, False)):
+        _, told, nfe = pipe._source(
+            y[None], [0], 2, Conditions(), strength=strength, region=region, hide=hide
+        )
+        changed = (told["z"] - z).abs().amax(1)[0] > 1e-5
+        assert changed.equal(touched if strength else torch.zeros_like(touched))
+        assert nfe.get("sampler", 0) == (32 if strength else 0)
+    _, everywhere, _ = pipe._source(y[None], [0], 2, Conditions(), strength=0.5)
+    w = pipe.invert_z(z, steps=8).end + 0.5 * w_noise(pipe, 2, [0], "r")
+    torch.testing.assert_close(everywhere["z"], pipe.sample_z(w, steps=8, solver="midpoint").end)
 
 
 def test_a_flow_with_a_strength_of_its_own_is_inverted_and_edited_with_it(y, mask):

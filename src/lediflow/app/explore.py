@@ -18,7 +18,7 @@ from lediflow.app.models import Models
 from lediflow.app.session import Kept, Session
 from lediflow.app.uploads import input_of, open_upload
 from lediflow.conditions import Conditions
-from lediflow.pipelines.editing import latent_solvers
+from lediflow.pipelines.latent_start import latent_solvers
 from lediflow.pipelines.recipes import Recipe
 from lediflow.sources import between
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from lediflow import ode
 from lediflow.conditions import Conditions
 from lediflow.errors import UserError, nearest
-from lediflow.fields import inpainted
-from lediflow.flow import phi
 from lediflow.pipelines.base import OutputType, PipelineOutput, mean_nfe
-from lediflow.pipelines.inpainting import Inpainting, check_strength
+from lediflow.pipelines.inpainting import check_strength
 from lediflow.pipelines.labels import ClassLabels
-from lediflow.pipelines.photos import Picture, covered
+from lediflow.pipelines.latent_start import LatentStart, latent_solvers, used
+from lediflow.pipelines.photos import Picture
 from lediflow.sources import Path, between
-
-LATENT_STEPS = 8  # midpoint steps of the latent sampler, back and forth
 
 Space = Literal["noise", "latent"]
 
@@ -60,7 +55,7 @@ class Inversion:
     nfe: dict[str, float]
 
 
-class Editing(Inpainting):
+class Editing(LatentStart):
     """Mixin of LeDiFlowPipeline: what is done to a picture through its latent z and the noise w of that.
 
     The latent sampler goes from z to w and back with one solver, by default 8 midpoint steps, also where the
@@ -239,7 +234,7 @@ class Editing(Inpainting):
                 x = self.prior(latent.end).at(self.noise(self.sample_shape, [0] * len(part), seed, "x"))
                 end = self.carry(x, latent.end, labels, solver=settled["solver"], steps=settled["steps"])
             made.append(end.end)
-            counts.append((len(part), {**_used("sampler", latent.nfe), "decoder": 1, "flow": end.nfe}))
+            counts.append((len(part), {**used("sampler", latent.nfe), "decoder": 1, "flow": end.nfe}))
         return self._output(torch.cat(made), {**nfe, **mean_nfe(counts)}, output_type)
 
     def vary(
@@ -306,83 +301,6 @@ class Editing(Inpainting):
         made, nfe = self._variants(pixels, make, num_images, seed, batch_size, dtype, class_labels, **options)
         return self._output(made, nfe, output_type)
 
-    def _source(
-        self,
-        y: Tensor,
-        indices: Sequence[int],
-        seed: int,
-        labels: Conditions,
-        *,
-        strength: float = 0.0,
-        constant_noise: bool = False,
-        latent_begin: float = 1.0,
-        latent_solver: str | None = None,
-        latent_steps: int | None = None,
-        hidden: Tensor | None = None,
-    ) -> tuple[Tensor, Conditions, dict[str, float]]:
-        """x ~ P_L at the picture's z, or at z' of w + strength * r, where w is the noise that z came from.
-
-        With `latent_begin` z' is where the latent sampler leads from phi_t of z at that time. For what is
-        `hidden` in the picture, bool (1, 1, H, W), the latent sampler makes a z.
-        """
-        z, evaluations = self.encode(y).mean.expand(len(indices), *[-1] * 3), 0.0
-        nfe: Counter[str] = Counter(encoder=1, decoder=1)
-        if hidden is not None:
-            w = self.noise(self.auxiliary.z_shape, indices, seed, "w")
-            z, more = self._imagined(y, z, w, hidden, labels, latent_solvers(latent_solver, latent_steps)[1])
-            nfe.update(more)
-        labels = self.of_cluster(labels, z)
-        r = self.noise(self.auxiliary.z_shape, indices, seed, "r")
-        if latent_begin < 1:
-            times = torch.full((len(z),), latent_begin, device=z.device)
-            start = phi(r, self.auxiliary.standardize(z), times)
-            sampler = self.field(self.sampler, labels)
-            moved = ode.integrate(
-                sampler, start, steps=latent_steps, solver=latent_solver, begin=latent_begin
-            )
-            z, evaluations = self.auxiliary.unstandardize(moved.end), moved.nfe
-        elif strength:
-            back, forth = latent_solvers(latent_solver, latent_steps)
-            w = self.invert_z(z, labels, **back)
-            # not guided, for the way to w was not
-            moved = self.sample_z(w.end + strength * r, labels, guidance=1.0, autoguidance=1.0, **forth)
-            z, evaluations = moved.end, w.nfe + moved.nfe
-        noise = self.noise(self.sample_shape, [0] * len(indices) if constant_noise else indices, seed, "x")
-        nfe.update(_used("sampler", evaluations))
-        return self.prior(z).at(noise), labels.also(z=z), dict(nfe)
-
-    def _imagined(
-        self, y: Tensor, z: Tensor, w: Tensor, hidden: Tensor, labels: Conditions, how: dict[str, Any]
-    ) -> tuple[Tensor, Counter[str]]:
-        """Make the part of z that stands for what is hidden, by eq. 7 in the space of z; and evaluations.
-
-        The encoder needs something in the hole, which also reaches the cells around. So the mean of the
-        prior goes there, and all is done once more. A cell is made anew if half of its pixels are hidden.
-
-        Args:
-            y: the picture, (1, C, H, W), its hole filled smoothly.
-            z: of the picture, (N, c, h, w).
-            w: preimages of the new z, (N, c, h, w).
-            hidden: bool, (1, 1, H, W).
-            labels: a row for each variant.
-            how: solver and steps of the latent sampler.
-        """
-        share = F.adaptive_avg_pool2d(hidden.to(y), z.shape[-2:])
-        cells, nfe = (share >= 0.5).expand(len(z), -1, -1, -1), Counter[str]()
-        if not bool(cells.any()):
-            return z, nfe
-        hole = covered(hidden, self.sample_shape[1:]).to(y.device)
-        for repeated in (False, True):
-            if repeated:
-                z = self.encode(torch.where(hole, self.prior(z).mean, y)).mean
-                nfe.update(encoder=1, decoder=1)
-            known = self.auxiliary.standardize(z)
-            sampler = self.field(self.sampler, self.of_cluster(labels, z), count=len(z))
-            made = ode.integrate(inpainted(sampler, cells, known - w), w, **how)
-            z = self.auxiliary.unstandardize(torch.where(cells, made.end, known))
-            nfe.update({"sampler": made.nfe})
-        return z, nfe
-
     def _ends(
         self,
         ends: Sequence[Picture | int],
@@ -412,28 +330,6 @@ class Editing(Inpainting):
                 w = self.auxiliary.standardize(self.sample_z(w, labels_of(1), **forth).end)
             points.append(w[0])
         return points, nfe
-
-
-def latent_solvers(solver: str | None, steps: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return solver and steps of the latent sampler from z to w and from w to z.
-
-    Both ways alike, for what was not moved should come back. "mean" has no way back, so that is the usual
-    one's, along the velocity itself (r = t).
-
-    Raises:
-        UserError: unknown solver, or steps below 1.
-    """
-    usual: dict[str, Any] = {"solver": "midpoint", "steps": LATENT_STEPS}
-    if solver == "mean":
-        back, forth = usual, usual | {"solver": "mean", "steps": 1 if steps is None else steps}
-    else:
-        back = forth = usual | {"solver": solver or "midpoint", "steps": steps or LATENT_STEPS}
-    ode.check_solver(forth["solver"], LATENT_STEPS if steps is None else steps)
-    return back, forth
-
-
-def _used(name: str, evaluations: float) -> dict[str, float]:
-    return {name: evaluations} if evaluations else {}
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -99,8 +99,8 @@ class Inpainting(ImagePipeline):
             mask_image: of the same size; 1 or white is made anew, 0 or black stays, and what lies between is
                 a blend of both. A PIL image, an array or a tensor; "alpha" stands for what is transparent in
                 the image.
-            strength: the paper's alpha: z is changed to that of w + strength * r, where w is the noise that z
-                came from and r is standard normal. 0 keeps z, so only details change.
+            strength: the paper's alpha: z of what the mask touches becomes that of w + strength * r, where
+                w is the noise that z came from and r is standard normal. 0 keeps z, so only details change.
             num_images: how many variants; variant i depends on (seed, i) only.
             padding_mask_crop: pixels around the mask that the model sees at the least; None for as much of
                 the photo as there is. Less shows the model more detail and less of the surroundings.
@@ -156,7 +156,7 @@ class Inpainting(ImagePipeline):
         made, nfe = self._variants(
             pixels, make, num_images, seed, batch_size, dtype, class_labels,
             strength=strength, constant_noise=constant_noise,
-            latent_solver=latent_solver, latent_steps=latent_steps, hidden=generate if hide else None,
+            latent_solver=latent_solver, latent_steps=latent_steps, region=generate, hide=hide,
         )  # fmt: skip
         made, nfe = self._shown(made, nfe, output_type)
         if output_type == "latent":
