@@ -50,6 +50,8 @@ class Inpainting(ImagePipeline):
         latent_begin: float = 1.0,
         latent_solver: str | None = None,
         latent_steps: int | None = None,
+        region: Tensor | None = None,
+        hide: bool = False,
     ) -> tuple[Tensor, Conditions, dict[str, float]]:
         """Draw where the flow starts for variants of a picture; the options are those of `inpaint`.
 
@@ -63,6 +65,8 @@ class Inpainting(ImagePipeline):
             latent_begin: time t at which the latent sampler starts, at phi_t of the picture's z; 1 for not.
             latent_solver: of the latent sampler.
             latent_steps: of the latent sampler.
+            region: of the picture, bool (1, 1, H, W): z of that alone changes; None for all of it.
+            hide: z of the region is made without the encoder.
 
         Returns:
             x (n, C, H, W), all that the flow is told, and the evaluations of each network.
