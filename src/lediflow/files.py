@@ -56,6 +56,38 @@ def explained(target: Path) -> Iterator[None]:
         ) from None
 
 
+def read_json(path: Path, advice: str) -> dict[str, Any] | None:
+    """Return the JSON object of a file, None if there is none.
+
+    Args:
+        path: of the file.
+        advice: what the user should do where it is damaged.
+
+    Raises:
+        UserError: it is not the text of a JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {shown(path)}: {shown(error)}; {advice}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read {shown(path)}: it is no JSON object; {advice}")
+    return found
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, if it is there, without those cut short or damaged."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
+
+
 def default_cache() -> Path:
     """Return the folder of what can be computed again: lediflow in XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lediflow"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lediflow.devices import check_device
 from lediflow.errors import UserError
-from lediflow.training import checkpoint
+from lediflow.training import checkpoint, inputs, run_pipelines, texts
 from lediflow.training.config import load_config
 from lediflow.training.run import train
 from lediflow.training.trainer import Interrupted, rate_factor
@@ -155,6 +155,37 @@ def test_a_checkpoint_cut_short_is_named_with_the_way_out(name, tiny_run, tmp_pa
     longer = load_config("digits", [*TINY, "training.baseline.steps=8"])
     with pytest.raises(UserError, match="step-6 is damaged or cut short.*delete that folder"):
         train(longer, run, device="cpu", stages=["baseline"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"[]", b""])
+def test_a_damaged_record_of_the_run_is_named(content, tmp_path):
+    readers = {
+        "strengths.json": lambda: run_pipelines.kept_strengths(tmp_path, ".", {}),
+        "dataset.json": lambda: inputs.open_data(load_config("digits", TINY), tmp_path),
+        "codec_space.json": lambda: inputs.codec_space(tmp_path),
+        texts.RECORD: lambda: texts.kept_encoder(tmp_path),
+    }
+    for name, read in readers.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"cannot read .*{name}.*; .*(delete it|another folder)"):
+            read()
+        (tmp_path / name).unlink()
+        read()
+    (tmp_path / "step-6").mkdir()
+    (tmp_path / "step-6" / "state.json").write_bytes(content)
+    with pytest.raises(UserError, match="step-6 is damaged"):
+        checkpoint.load_state(tmp_path / "step-6")
+
+
+def test_damaged_lines_of_metrics_do_not_stop_a_run(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    path = run / "baseline" / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(b'\xff\xfe\n{"loss": 1}\n[3]\n' + whole + b'{"step": 6, "lo')
+    longer = load_config("digits", [*TINY, "training.baseline.steps=8"])
+    train(longer, run, device="cpu", stages=["baseline"])
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 8 and path.read_bytes().startswith(whole)
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -312,7 +313,7 @@ def _timings(
     """Return the times of all rows, which are taken together: times from different hours do not compare."""
     name = hashlib.blake2b(" ".join(keys).encode(), digest_size=12).hexdigest()
     path = output / "rows" / f"times-{name}.json"
-    if path.is_file():
+    with suppress(OSError, ValueError):  # none, or damaged: timed again
         return json.loads(path.read_text(encoding="utf-8"))
     say(f"timing {len(timed)} rows in turn")
     times = timings(timed)

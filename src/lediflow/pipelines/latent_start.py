@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -65,7 +66,7 @@ class LatentStart(Inpainting):
             cells = torch.ones_like(z[:, :1], dtype=torch.bool)
             if region is not None:
                 cells = covered(region, z.shape[-2:]).to(z.device).expand_as(cells)
-            z, evaluations = self._changed(z, w.end + strength * r, cells, labels, forth)
+            z, evaluations = self._changed(z, moved_noise(w.end, r, strength), cells, labels, forth)
             evaluations += w.nfe
         noise = self.noise(self.sample_shape, [0] * len(indices) if constant_noise else indices, seed, "x")
         nfe.update(used("sampler", evaluations))
@@ -112,6 +113,14 @@ class LatentStart(Inpainting):
             z, evaluations = self._changed(z, w, cells, self.of_cluster(labels, z), how)
             nfe.update({"sampler": evaluations})
         return z, nfe
+
+
+def moved_noise(w: Tensor, r: Tensor, strength: float) -> Tensor:
+    """Return sqrt(1 - strength^2) * w + strength * r, from w (at 0) to new noise (at 1).
+
+    The paper's w + strength * r (section 4.2) is no longer of variance 1, which the sampler has never seen.
+    """
+    return math.sqrt(1 - strength**2) * w + strength * r
 
 
 def latent_solvers(solver: str | None, steps: int | None) -> tuple[dict[str, Any], dict[str, Any]]:

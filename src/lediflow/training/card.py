@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from lediflow.files import write_text
+from lediflow.files import read_records, write_text
 from lediflow.training import checkpoint
 from lediflow.training.builders import count_parameters
 from lediflow.training.config import Config
@@ -28,9 +27,9 @@ def run_report(run: Path, config: Config) -> dict[str, Any]:
     stages = {}
     for name in STAGES:
         path = run / name / "metrics.jsonl"
-        records = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        records = read_records(path)
         if records:
-            stages[name] = json.loads(records[-1])
+            stages[name] = records[-1]
     guided = " --guidance 1.5" if config.data.classes else ""
     if config.text.encoder:
         guided = ' --prompt "words of your own"'

@@ -76,9 +76,11 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return state
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(folder, error) from None
+    if not isinstance(state, dict):
+        raise _damaged(folder, ValueError("state.json is no JSON object"))
+    return state
 
 
 def check_agreement(folder: Path, must_agree: Mapping[str, Any], stage: str) -> None:

@@ -14,12 +14,13 @@ from lediflow.data.encoded_images import EncodedImages
 from lediflow.data.images import ImageData
 from lediflow.data.streams import StreamData
 from lediflow.errors import UserError
-from lediflow.files import shown, write_text
+from lediflow.files import read_json, shown, write_text
 from lediflow.hub import split_revision
 from lediflow.training.config import Config
 
 CODEC_SPACE = "codec_space.json"  # in the run folder: codec and scale of the latents it trains on
 DATASET = "dataset.json"  # in the run folder: the commit of a Hub data set
+_RENEW = "delete it if the dataset is the same as ever, or train in another folder"
 BROKEN = "broken-images.txt"  # in the run folder: what was left out, one line each
 
 
@@ -50,10 +51,10 @@ def open_data(config: Config, run: Path | None = None) -> TrainingData:
 
 
 def _as_begun(dataset: str, run: Path | None) -> str:
-    kept = _read_json(run / DATASET) if run else None
-    if not kept or kept["train"] != dataset:
+    kept = read_json(run / DATASET, _RENEW) if run else None
+    if not kept or kept.get("train") != dataset:
         return dataset
-    return f"{split_revision(dataset)[0]}@{kept['commit']}"
+    return f"{split_revision(dataset)[0]}@{kept.get('commit', '')}"
 
 
 def keep_dataset(run: Path, config: Config, data: TrainingData) -> None:
@@ -111,12 +112,7 @@ def describe(data: TrainingData, config: Config) -> str:
 
 def codec_space(run: Path) -> dict[str, Any] | None:
     """Return codec and scale of the latents that the run trains on, None if it trains on pixels."""
-    return _read_json(run / CODEC_SPACE)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found
+    return read_json(run / CODEC_SPACE, _RENEW)
 
 
 def refuse_other_latents(run: Path, data: TrainingData) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lediflow.errors import UserError
-from lediflow.files import shown, write_text
+from lediflow.files import read_json, shown, write_text
 from lediflow.pictures import image_grid
 from lediflow.pipelines.base import ImagePipeline
 from lediflow.pipelines.load import load_pipeline, load_upsampler
@@ -119,8 +119,8 @@ def _run_of(model: Path) -> tuple[Path, str]:
 
 
 def _commit(run: Path) -> str:
-    path = run / "dataset.json"
-    return json.loads(path.read_text(encoding="utf-8"))["commit"] or "" if path.exists() else ""
+    kept = read_json(run / "dataset.json", "delete it, and the model card will not name the dataset's commit")
+    return (kept or {}).get("commit") or ""
 
 
 def _without_paths(config: Config) -> Config:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lediflow.errors import UserError
-from lediflow.files import write_folder, write_text
+from lediflow.files import read_json, write_folder, write_text
 from lediflow.pipelines.load import PIPELINES
 from lediflow.training import checkpoint
 from lediflow.training.builders import OBJECTIVES, build_network
@@ -179,7 +179,7 @@ def pipeline_stages(run: Path, config: Config) -> dict[str, tuple[RunPipeline, d
 def keep_strengths(run: Path, folder: str, stages: Mapping[str, str], strengths: dict[str, float]) -> None:
     """Keep the best strengths of guidance that were found for a pipeline, in RUN/strengths.json."""
     path = run / STRENGTHS
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = read_json(path, f"delete it, and `lediflow train {run}` finds the strengths again") or {}
     kept[folder] = {"networks": _digests(run, stages), "strengths": strengths}
     write_text(path, json.dumps(kept, indent=1))
 
@@ -187,7 +187,7 @@ def keep_strengths(run: Path, folder: str, stages: Mapping[str, str], strengths:
 def kept_strengths(run: Path, folder: str, stages: Mapping[str, str]) -> dict[str, float]:
     """Return the best strengths that were found for a pipeline of these stages; nothing for another."""
     path = run / STRENGTHS
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = read_json(path, f"delete it, and `lediflow train {run}` finds the strengths again") or {}
     found = kept.get(folder, {})
     strengths: dict[str, float] = found.get("strengths", {})
     return strengths if strengths and found["networks"] == _digests(run, stages) else {}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lediflow.errors import UserError
-from lediflow.files import default_cache, explained, quoted, write_text, written_whole
+from lediflow.files import default_cache, explained, quoted, read_json, write_text, written_whole
 from lediflow.progress import Progress
 from lediflow.text_encoders import TextEncoder
 from lediflow.training.config import Config
@@ -139,8 +139,7 @@ def made_up_texts(config: Config, count: int, device: torch.device) -> EncodedTe
 def kept_encoder(run: Path) -> dict[str, Any] | None:
     """Return the record of the run's frozen encoder, None if it has none."""
     path = run / RECORD
-    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found
+    return read_json(path, "train in another folder, for it tells what the words were encoded by")
 
 
 def _encoded(encoder: TextEncoder, config: Config, texts: Sequence[str]) -> Tensor:

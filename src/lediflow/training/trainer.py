@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lediflow.data.batches import batches
 from lediflow.errors import UserError
-from lediflow.files import clear_unfinished, explained, write_text, written_whole
+from lediflow.files import clear_unfinished, explained, read_records, write_text, written_whole
 from lediflow.pictures import image_grid
 from lediflow.progress import Progress
 from lediflow.sources import BatchNoise, derive_seed
@@ -325,10 +325,9 @@ class _Fit:
         """Forget lines of steps that will be made again."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            kept = [record for record in read_records(path) if record.get("step", start + 1) <= start]
             with explained(path):
-                write_text(path, "".join(kept))
+                write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def _visible(self, rows: list[Tensor]) -> list[Tensor]:
         """Make rows of images (or of codec latents, all decoded at once) visible."""
