@@ -1,4 +1,4 @@
-"""What editing is worth on held-out pictures: reconstruct, invert, interpolate, inpaint, restyle.
+"""What editing is worth on held-out pictures: reconstruct, invert, interpolate, vary, inpaint, restyle.
 
     python benchmarks/editing.py runs/flowers --data photos --features FOLDER
     python benchmarks/editing.py runs/demo --data digits --features FOLDER --images 64 --only inpainting
@@ -119,6 +119,24 @@ def interpolation(pipe, images, features, real, pairs, **_):
     return rows
 
 
+def variation(pipe, images, features, real, **_):
+    """How far variants are from their picture, by strength, and how many are inside the real set."""
+    originals = features(images)
+    others = originals.roll(1, dims=0)
+    rows = [{"way": "another picture", "feature distance": mean((others - originals).norm(dim=1))}]
+    for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
+        how = {"strength": strength, "num_images": 1, "output_type": "pt"}
+        made = features(torch.cat([pipe.vary(y, seed=k, **how).images for k, y in enumerate(images)]))
+        rows.append(
+            {
+                "way": f"strength {strength:g}",
+                "feature distance": mean((made - originals).norm(dim=1)),
+                "inside the real set": inside(made, real),
+            }
+        )
+    return rows
+
+
 def inside(features, real):
     return mean(manifold(features, real).precision)
 
@@ -219,7 +237,7 @@ def restyling(pipe, images, features, real, baseline, **_):
     return rows
 
 
-PARTS = {f.__name__: f for f in (reconstruction, inversion, interpolation, inpainting, restyling)}
+PARTS = {f.__name__: f for f in (reconstruction, inversion, interpolation, variation, inpainting, restyling)}
 
 
 def held_out(pipe, dataset, split, count):
