@@ -167,8 +167,22 @@ def test_strength_changes_z_of_what_the_mask_touches_alone(pipe, y, mask):
         assert changed.equal(touched if strength else torch.zeros_like(touched))
         assert nfe.get("sampler", 0) == (32 if strength else 0)
     _, everywhere, _ = pipe._source(y[None], [0], 2, Conditions(), strength=0.5)
-    w = pipe.invert_z(z, steps=8).end + 0.5 * w_noise(pipe, 2, [0], "r")
+    w = 0.75**0.5 * pipe.invert_z(z, steps=8).end + 0.5 * w_noise(pipe, 2, [0], "r")
     torch.testing.assert_close(everywhere["z"], pipe.sample_z(w, steps=8, solver="midpoint").end)
+
+
+def test_a_strength_of_one_forgets_the_picture_and_any_keeps_the_variance(pipe, y):
+    from lediflow.pipelines.latent_start import moved_noise
+
+    w, r = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for strength in (0.0, 0.3, 1.0):
+        moved = moved_noise(w, r, strength)
+        assert float(moved.var()) == pytest.approx(1, abs=0.02)
+        assert float((moved * r).mean()) == pytest.approx(strength, abs=0.02)
+    there, other = (
+        pipe._source(picture[None], [0], 2, Conditions(), strength=1.0)[1]["z"] for picture in (y, y.flip(-1))
+    )
+    torch.testing.assert_close(there, other)
 
 
 def test_a_flow_with_a_strength_of_its_own_is_inverted_and_edited_with_it(y, mask):
@@ -249,11 +263,12 @@ def test_bad_interpolations(ends, options, message, pipe):
 # Vary
 
 
-def test_a_variant_is_made_of_the_noise_of_z_and_a_little_more(pipe, y):
+def test_a_variant_is_made_of_the_noise_of_z_moved_a_little(pipe, y):
     out = pipe.vary(y, 0.3, num_images=3, seed=6, batch_size=2, output_type="pt", **ONE_STEP)
     z = pipe.encode(y[None]).mean.expand(3, -1, -1, -1)
     w = pipe.invert_z(z, steps=8).end
-    moved = pipe.sample_z(w + 0.3 * w_noise(pipe, 6, range(3), "r"), solver="midpoint", steps=8).end
+    w = 0.91**0.5 * w + 0.3 * w_noise(pipe, 6, range(3), "r")
+    moved = pipe.sample_z(w, solver="midpoint", steps=8).end
     x = pipe.prior(moved).at(x_noise(pipe, 6, range(3)))
     end = pipe.carry(x, moved, **ONE_STEP).end
     torch.testing.assert_close(out.images, end.clamp(-1, 1), rtol=0, atol=1e-4)

@@ -103,8 +103,9 @@ class Inpainting(ImagePipeline):
             mask_image: of the same size; 1 or white is made anew, 0 or black stays, and what lies between is
                 a blend of both. A PIL image, an array or a tensor; "alpha" stands for what is transparent in
                 the image.
-            strength: the paper's alpha: z of what the mask touches becomes that of w + strength * r, where
-                w is the noise that z came from and r is standard normal. 0 keeps z, so only details change.
+            strength: z of what the mask touches becomes that of sqrt(1 - s^2) w + s r, where s is the
+                strength, w the noise that z came from and r standard normal. 0 keeps z, so only details
+                change; 1 forgets what was there.
             num_images: how many variants; variant i depends on (seed, i) only.
             padding_mask_crop: pixels around the mask that the model sees at the least; None for as much of
                 the photo as there is. Less shows the model more detail and less of the surroundings.

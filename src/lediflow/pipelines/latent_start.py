@@ -39,7 +39,7 @@ class LatentStart(Inpainting):
         region: Tensor | None = None,
         hide: bool = False,
     ) -> tuple[Tensor, Conditions, dict[str, float]]:
-        """x ~ P_L at the picture's z, or at z' of w + strength * r, where w is the noise that z came from.
+        """x ~ P_L at the picture's z, or at z' of the noise that z came from, moved by `strength`.
 
         With `latent_begin` z' is where the latent sampler leads from phi_t of z at that time. With a `region`
         of the picture, bool (1, 1, H, W), only z of that changes; with `hide` it is made without the encoder.
@@ -118,7 +118,7 @@ class LatentStart(Inpainting):
 def moved_noise(w: Tensor, r: Tensor, strength: float) -> Tensor:
     """Return sqrt(1 - strength^2) * w + strength * r, from w (at 0) to new noise (at 1).
 
-    The paper's w + strength * r (section 4.2) is no longer of variance 1, which the sampler has never seen.
+    The paper's w + alpha * r (section 4.2) has more variance than 1, which the sampler has never seen.
     """
     return math.sqrt(1 - strength**2) * w + strength * r
 
