@@ -47,3 +47,14 @@ def test_auto_is_fp32_on_mps():
 def test_an_unknown_name_is_refused():
     with pytest.raises(UserError, match=r"unknown dtype 'bf17' \(did you mean 'bf16'\?\); choose from auto"):
         settle_precision("bf17", CPU)
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    import psutil
+
+    from lediflow.devices import load_words
+
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    for load, words in ((2.9, ""), (6.0, "this machine is busy (load 6.0 on 4 cores)")):
+        monkeypatch.setattr(psutil, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert load_words() == words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -68,3 +69,11 @@ def _multiplies_bf16(device: torch.device) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         return any(has is True and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def load_words() -> str:
+    """Say that other work wants the processor's cores, where it does; else nothing."""
+    load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
+    if load < 0.75 * cores:
+        return ""
+    return f"this machine is busy (load {load:.1f} on {cores} cores)"

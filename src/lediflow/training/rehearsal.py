@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lediflow.data.batches import batches
-from lediflow.devices import check_device
+from lediflow.devices import check_device, load_words
 from lediflow.sources import BatchNoise
 from lediflow.training.builders import OBJECTIVES, build_network, build_stage
 from lediflow.training.clusters import settle_clusters
@@ -63,8 +63,8 @@ def rehearse(
     left out.
 
     Returns:
-        {"data": in words, "batch": shape, range and classes of the first batch, "stages": a list of
-        `StageEstimate`}.
+        {"data": in words, "batch": shape, range and classes of the first batch, "busy": in words, if other
+        work slows this, "stages": a list of `StageEstimate`}.
 
     Raises:
         UserError: whatever the training itself would refuse before its first step.
@@ -73,6 +73,7 @@ def rehearse(
     check_strengths(config, config.chosen(stages))
     accelerator = make_accelerator(config.training, device)
     data, where = open_data(config), check_device(device)
+    busy = load_words()
     config, encoder = settle_text(settle_clusters(config, data), accelerator)
     context = Context(config, data, accelerator.device, lambda name: build_network(STAGES[name], config))
     if encoder is not None:
@@ -92,7 +93,7 @@ def rehearse(
         parameters = sum(p.numel() for p in stage.network.parameters())
         size, steps = stage.settings.batch_size, stage.settings.steps
         estimates.append(StageEstimate(spec.name, parameters, steps, size, ms, memory_gb(accelerator.device)))
-    return {"data": describe(data, config), "batch": _seen(first or {}), "stages": estimates}
+    return {"data": describe(data, config), "batch": _seen(first or {}), "busy": busy, "stages": estimates}
 
 
 def _first_batch(stage: Objective) -> dict[str, Any]:
@@ -155,4 +156,6 @@ def report_text(report: dict[str, Any]) -> str:
     total = timedelta(seconds=round(sum(e.seconds for e in report["stages"])))
     most = max(e.memory_gb for e in report["stages"])
     lines.append(f"\nabout {total} in all, previews and checkpoints apart; memory {most:.1f} GB")
+    if report["busy"]:
+        lines.append(f"{report['busy']}: without that it takes less")
     return "\n".join(lines)

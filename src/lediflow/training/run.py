@@ -18,12 +18,11 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator
 
 from lediflow.data.batches import TrainingData
-from lediflow.devices import check_device, settle_precision
+from lediflow.devices import check_device, load_words, settle_precision
 from lediflow.errors import UserError
 from lediflow.files import clear_files, explained, settle, write_text
 from lediflow.training import checkpoint
@@ -105,8 +104,8 @@ def train(
         _say(f"{describe(data, config)}; run folder {run}")
         if config.training.precision == "auto":
             _say(f"training.precision=auto: {settle_precision('auto', accelerator.device)}")
-        if busy := _busy():
-            _say(busy)
+        if busy := load_words():
+            _say(f"{busy}, so training will take longer")
         if (count := accelerator.num_processes) > 1:
             _say(f"{count} processes ({config.training.parallel}) on {accelerator.device.type}")
     texts = None
@@ -235,14 +234,6 @@ def _move_aside(folder: Path) -> None:
     while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
         n += 1
     folder.rename(old)
-
-
-def _busy() -> str:
-    """Say that other work wants the cores, where it does."""
-    load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
-    if load < 0.75 * cores:
-        return ""
-    return f"this machine is busy (load {load:.1f} on {cores} cores), so training will take longer"
 
 
 def _say(text: str) -> None:
