@@ -15,7 +15,7 @@ from torch import Tensor
 from lediflow.errors import UserError
 from lediflow.faces import LEAST_SCORE, SMALLEST, UTKFACE, Alignment, Face, FaceDetector
 from lediflow.pictures import to_float
-from lediflow.pipelines.base import PipelineOutput
+from lediflow.pipelines.codec import PipelineOutput
 from lediflow.pipelines.face_regions import FaceRegion, face_region
 from lediflow.pipelines.inpainting import Inpainting, check_strength
 from lediflow.pipelines.photos import mask_tensor

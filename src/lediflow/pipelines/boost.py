@@ -16,7 +16,7 @@ from torch import Tensor
 from lediflow.codecs import Codec
 from lediflow.errors import UserError
 from lediflow.networks.hourglass import pair
-from lediflow.pipelines.base import OutputType, PipelineOutput
+from lediflow.pipelines.codec import OutputType, PipelineOutput
 from lediflow.pipelines.upsample import FlowUpsamplePipeline
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lediflow import ode
 from lediflow.conditions import Conditions
 from lediflow.errors import UserError, nearest
-from lediflow.pipelines.base import OutputType, PipelineOutput, mean_nfe
+from lediflow.pipelines.codec import OutputType, PipelineOutput, mean_nfe
 from lediflow.pipelines.inpainting import check_strength
 from lediflow.pipelines.labels import ClassLabels
 from lediflow.pipelines.latent_start import LatentStart, latent_solvers, used

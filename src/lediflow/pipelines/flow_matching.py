@@ -11,7 +11,7 @@ from lediflow import ode
 from lediflow.errors import UserError
 from lediflow.networks.clusters import Clusters
 from lediflow.networks.velocity import VelocityTransformer
-from lediflow.pipelines.base import FORMAT, OutputType, PipelineOutput
+from lediflow.pipelines.codec import FORMAT, OutputType, PipelineOutput
 from lediflow.pipelines.inpainting import Inpainting
 from lediflow.pipelines.labels import ClassLabels, Clustering, Prompt
 from lediflow.pipelines.strengths import Strength

@@ -18,7 +18,8 @@ from lediflow.errors import UserError
 from lediflow.fields import inpainted
 from lediflow.flow import phi
 from lediflow.pictures import to_float, to_pil
-from lediflow.pipelines.base import ImagePipeline, OutputType, PipelineOutput, mean_nfe
+from lediflow.pipelines.base import ImagePipeline
+from lediflow.pipelines.codec import OutputType, PipelineOutput, mean_nfe
 from lediflow.pipelines.labels import ClassLabels
 from lediflow.pipelines.photos import (
     Picture,

@@ -16,7 +16,7 @@ from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.networks.clusters import Clusters
 from lediflow.networks.velocity import VelocityTransformer
 from lediflow.pipelines.anonymize import Anonymizing
-from lediflow.pipelines.base import FORMAT, OutputType, PipelineOutput
+from lediflow.pipelines.codec import FORMAT, OutputType, PipelineOutput
 from lediflow.pipelines.editing import Editing
 from lediflow.pipelines.labels import ClassLabels, Clustering, Prompt
 from lediflow.pipelines.strengths import Strength

@@ -12,7 +12,8 @@ from lediflow.errors import UserError
 from lediflow.files import readable_folder
 from lediflow.hub import is_cached, split_revision, why_unreachable
 from lediflow.models import built_in, built_in_names
-from lediflow.pipelines.base import FORMAT, ImagePipeline
+from lediflow.pipelines.base import ImagePipeline
+from lediflow.pipelines.codec import FORMAT
 from lediflow.pipelines.flow_matching import FlowMatchingPipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.pipelines.upsample import FlowUpsamplePipeline

@@ -22,7 +22,8 @@ from lediflow.data.opening import BrokenImageError, opened
 from lediflow.devices import DTYPES
 from lediflow.errors import UserError
 from lediflow.files import quoted, shown
-from lediflow.pipelines.base import ImagePipeline, PipelineOutput
+from lediflow.pipelines.base import ImagePipeline
+from lediflow.pipelines.codec import PipelineOutput
 from lediflow.pipelines.photos import listed_photo, open_photo
 
 CHUNK = "lediflow"  # the PNG text chunk that holds a recipe as JSON

@@ -20,7 +20,8 @@ from PIL import Image
 from lediflow.errors import UserError
 from lediflow.files import explained, written_whole
 from lediflow.pictures import image_grid, to_float, to_pil
-from lediflow.pipelines.base import ImagePipeline, mean_nfe
+from lediflow.pipelines.base import ImagePipeline
+from lediflow.pipelines.codec import mean_nfe
 from lediflow.pipelines.recipes import Recipe
 from lediflow.progress import Progress
 

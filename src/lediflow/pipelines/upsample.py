@@ -20,7 +20,7 @@ from lediflow.fields import Field, conditional
 from lediflow.gaussian import DiagonalGaussian
 from lediflow.networks.model import Network
 from lediflow.pictures import to_pil
-from lediflow.pipelines.base import FORMAT, CodecPipeline, OutputType, PipelineOutput
+from lediflow.pipelines.codec import FORMAT, CodecPipeline, OutputType, PipelineOutput
 from lediflow.pipelines.recognise import Given, InputType, recognise
 from lediflow.pipelines.tiled_codec import TiledCodec
 from lediflow.pipelines.upsample_request import (

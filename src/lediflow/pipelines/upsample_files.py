@@ -16,7 +16,7 @@ from lediflow.data.folders import visible_files
 from lediflow.data.opening import BrokenImage, BrokenImageError, Home, picture_suffixes, row_path
 from lediflow.errors import UserError
 from lediflow.files import claim_folder, explained, quoted, shown, written_whole
-from lediflow.pipelines.base import mean_nfe
+from lediflow.pipelines.codec import mean_nfe
 from lediflow.pipelines.upsample import FlowUpsamplePipeline
 from lediflow.sources import derive_seed
 
