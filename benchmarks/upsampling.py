@@ -2,11 +2,13 @@
 
     python benchmarks/upsampling.py train --data emoji-train.parquet --seconds 360 --output runs/starts
     python benchmarks/upsampling.py measure runs/starts --data emoji-validation.parquet --features MODEL
+    python benchmarks/upsampling.py seams runs/starts/coupled --data emoji-validation.parquet
 
 `train` times a few steps of each stage first, and gives every start as many steps as fit in the seconds; a
 start that has two stages shares them. Everything is compared with the same seed, network and batch. `measure`
 writes table.md, results.json, examples.png and path.png (figure 8) beside the runs. Times are of the
-processor on a CPU, so that other work on the machine does not count, and of the clock on a GPU.
+processor on a CPU, so that other work on the machine does not count, and of the clock on a GPU. `seams`
+enlarges held-out images as they are, whole and in tiles of several sizes, and compares the two.
 """
 
 import argparse
@@ -14,13 +16,17 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from lediflow import UserError
+from lediflow.data.images import ImageData
 from lediflow.evaluation.plots import labelled_grid
 from lediflow.evaluation.tables import markdown_table
 from lediflow.evaluation.upsampling import HeldOut, along_the_path, measure, of_filter, of_stage
 from lediflow.files import write_text
 from lediflow.metrics.features import open_features
 from lediflow.pictures import to_float
+from lediflow.pipelines.load import load_upsampler
 from lediflow.training.config import load_config
 from lediflow.training.rehearsal import rehearse
 from lediflow.training.run import train
@@ -106,6 +112,34 @@ def measure_starts(a):
     print(table)
 
 
+@torch.no_grad()
+def measure_seams(a):
+    """How far an image made in tiles is from the one made whole, and the steps across the tiles' edges.
+
+    The latter as a multiple of those in the image made whole: 1 is no seam.
+    """
+    model = load_upsampler(a.run).to(a.device or "cpu")
+    model.set_progress_bar_config(disable=True)
+    data = ImageData(a.data, split="validation", image_size=a.side, flip=False)
+    low = to_float(torch.stack([data[i]["image"] for i in range(min(a.count, len(data)))]))
+    options = {"num_inference_steps": a.steps, "output_type": "pt", "seed": 0}
+    whole, rows = model(low, **options).images, []
+    for tile in a.tiles:
+        made = model(low, tile_size=tile, **options).images
+        tiles = model.settled(a.steps, None, None, None, tile, None).windows(whole.shape[2:])
+        edges = sorted({tile.columns.start for tile in tiles} - {0})
+        steps, real = (x.diff(dim=-1).abs()[..., [e - 1 for e in edges]].mean() for x in (made, whole))
+        rows.append(
+            {
+                "tile": tile,
+                "tiles": len(tiles),
+                "rms difference": float((made - whole).square().mean().sqrt()),
+                "step across edges": float(steps / real) if edges else "",
+            }
+        )
+    print(markdown_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]))
+
+
 def _cell(value):
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -116,10 +150,12 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     training, measuring = commands.add_parser("train"), commands.add_parser("measure")
-    for command in (training, measuring):
+    seams = commands.add_parser("seams")
+    for command in (training, measuring, seams):
         command.add_argument("--data", required=True, help="images, or latents in pairs")
-        command.add_argument("--starts", default=",".join(STARTS), help="comma-separated")
         command.add_argument("--device")
+    for command in (training, measuring):
+        command.add_argument("--starts", default=",".join(STARTS), help="comma-separated")
     training.add_argument("--preset", default="upsample-emoji", help="or a YAML file")
     training.add_argument("--set", dest="settings", action="append", default=[], help="a.b=value")
     training.add_argument("--seconds", type=float, default=360, help="of training, for each start")
@@ -135,14 +171,23 @@ def main() -> None:
     measuring.add_argument("--dopri5", action="store_true", help="also by the adaptive solver")
     measuring.add_argument("--patch", type=int, default=32, help="side of the squares of patch distances")
     measuring.add_argument("--columns", type=int, default=8, help="images in the pictures")
+    seams.add_argument("run", help="run folder or saved pipeline of an upsampler of pixels")
+    seams.add_argument("--side", type=int, default=128, help="of the images that are enlarged")
+    seams.add_argument("--tiles", default="64,128,256", help="sides of the tiles, comma-separated")
+    seams.add_argument("--count", type=int, default=16, help="images")
+    seams.add_argument("--steps", type=int, default=4)
     a = parser.parse_args()
-    a.starts = a.starts.split(",")
-    unknown = [name for name in a.starts if name not in STARTS]
+    starts = getattr(a, "starts", "coupled").split(",")
+    unknown = [name for name in starts if name not in STARTS]
     if unknown:
         sys.exit(f"error: unknown start {unknown[0]!r}; choose from {', '.join(STARTS)}")
+    a.starts = starts
     try:
         if a.command == "train":
             train_starts(a)
+        elif a.command == "seams":
+            a.tiles = [int(n) for n in a.tiles.split(",")]
+            measure_seams(a)
         else:
             a.steps = [int(n) for n in a.steps.split(",")]
             measure_starts(a)
