@@ -261,8 +261,8 @@ class Editing(LatentStart):
             image: as for `inpaint`; the largest part in the middle that has the model's aspect is used.
             strength: s in sqrt(1 - s^2) w + s r, with r standard normal. The paper has w + alpha * r, of a
                 variance above 1; its alpha of 0.5 is about 0.45 here. 1 forgets z, but for its
-                cluster where the model has clusters, and 0 keeps it, so that only the noise of x ~ P_L makes a difference
-                (figure 6 on the right); with `constant_noise` only z does (on the left).
+                cluster where the model has clusters, and 0 keeps it, so that only the noise of x ~ P_L makes
+                a difference (figure 6 on the right); with `constant_noise` only z does (on the left).
             num_images: how many variants; variant i depends on (seed, i) only.
             mask_image: where the picture may change, as for `inpaint`, which then makes the variants: the
                 rest stays, and the picture keeps its size.
