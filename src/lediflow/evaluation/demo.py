@@ -66,7 +66,7 @@ def compare_run(
     *,
     device: str | None = None,
     cache: str | Path | None = None,
-    classifier_steps: int = 400,
+    classifier_steps: int = 250,
 ) -> Comparison:
     """Measure the models of a run and write table.md, quality.png, grid.png and results.json into it.
 
