@@ -23,7 +23,7 @@ def demo(
 ) -> None:
     """Train on handwritten digits (no download, no GPU), then show quality against steps and time.
 
-    Takes four and a half minutes on 2 CPU cores, most of them training; a first picture is there after two.
+    Takes four minutes on 2 CPU cores, most of them training; a first picture is there after two.
     Every number comes from the run.
 
     Example:

@@ -32,7 +32,7 @@ from lediflow.pictures import to_float
 from lediflow.training.config import Config, load_config
 
 OURS, BASELINE, REFINED = "LeDiFlow", "flow matching", "one evaluation"  # what tables call the models
-STEPS = {OURS: (1, 2), BASELINE: (1, 2, 4)}  # of unrefined models; a refined one has its one evaluation
+STEPS = {OURS: (1,), BASELINE: (1, 2, 4)}  # of unrefined models; a refined one has its one evaluation
 METRIC = f"{CLASSIFIER}/frechet"
 HEADERS = ["model", "steps", "evaluations (flow + latent + decoder)", "ms / image", "Frechet distance"]
 
@@ -70,9 +70,9 @@ def compare_run(
 ) -> Comparison:
     """Measure the models of a run and write table.md, quality.png, grid.png and results.json into it.
 
-    As many images are made as there are held-out ones, so that the rows and the floor compare. Models that
-    are not refined have rows of 1, 2 and 4 midpoint steps (2 of the latent sampler); refined ones have one of
-    a single evaluation.
+    As many images are made as there are held-out ones, so that the rows and the floor compare. The
+    unrefined model has a row of 1 midpoint step (2 of the latent sampler), flow matching of 1, 2 and 4, and
+    the refined model one of a single evaluation.
 
     Args:
         run: folder with the stages auxiliary, flow, sampler and baseline trained; refined ones have rows too.
