@@ -127,7 +127,7 @@ def measure_seams(a):
     for tile in a.tiles:
         made = model(low, tile_size=tile, **options).images
         tiles = model.settled(a.steps, None, None, None, tile, None).windows(whole.shape[2:])
-        edges = sorted({tile.columns.start for tile in tiles} - {0})
+        edges = sorted({window.columns.start for window in tiles} - {0})
         steps, real = (x.diff(dim=-1).abs()[..., [e - 1 for e in edges]].mean() for x in (made, whole))
         rows.append(
             {
@@ -177,11 +177,11 @@ def main() -> None:
     seams.add_argument("--count", type=int, default=16, help="images")
     seams.add_argument("--steps", type=int, default=4)
     a = parser.parse_args()
-    starts = getattr(a, "starts", "coupled").split(",")
-    unknown = [name for name in starts if name not in STARTS]
-    if unknown:
-        sys.exit(f"error: unknown start {unknown[0]!r}; choose from {', '.join(STARTS)}")
-    a.starts = starts
+    if a.command != "seams":
+        a.starts = a.starts.split(",")
+        unknown = [name for name in a.starts if name not in STARTS]
+        if unknown:
+            sys.exit(f"error: unknown start {unknown[0]!r}; choose from {', '.join(STARTS)}")
     try:
         if a.command == "train":
             train_starts(a)

@@ -1,4 +1,4 @@
-"""Where tensors live, and in which number format: devices and precisions by name."""
+"""Where tensors live, and in which number format: devices and precisions by name; and how busy it is."""
 
 from __future__ import annotations
 

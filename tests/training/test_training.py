@@ -171,6 +171,9 @@ def test_a_damaged_record_of_the_run_is_named(content, tmp_path):
             read()
         (tmp_path / name).unlink()
         read()
+    (tmp_path / "dataset.json").write_text('{"train": "digits"}')
+    with pytest.raises(UserError, match=r"dataset.json names no commit; delete it"):
+        readers["dataset.json"]()
     (tmp_path / "step-6").mkdir()
     (tmp_path / "step-6" / "state.json").write_bytes(content)
     with pytest.raises(UserError, match="step-6 is damaged"):

@@ -54,7 +54,9 @@ def _as_begun(dataset: str, run: Path | None) -> str:
     kept = read_json(run / DATASET, _RENEW) if run else None
     if not kept or kept.get("train") != dataset:
         return dataset
-    return f"{split_revision(dataset)[0]}@{kept.get('commit', '')}"
+    if not kept.get("commit"):
+        raise UserError(f"{run}/{DATASET} names no commit; {_RENEW}")
+    return f"{split_revision(dataset)[0]}@{kept['commit']}"
 
 
 def keep_dataset(run: Path, config: Config, data: TrainingData) -> None:

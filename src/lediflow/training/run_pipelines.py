@@ -178,19 +178,21 @@ def pipeline_stages(run: Path, config: Config) -> dict[str, tuple[RunPipeline, d
 
 def keep_strengths(run: Path, folder: str, stages: Mapping[str, str], strengths: dict[str, float]) -> None:
     """Keep the best strengths of guidance that were found for a pipeline, in RUN/strengths.json."""
-    path = run / STRENGTHS
-    kept = read_json(path, f"delete it, and `lediflow train {run}` finds the strengths again") or {}
-    kept[folder] = {"networks": _digests(run, stages), "strengths": strengths}
-    write_text(path, json.dumps(kept, indent=1))
+    kept = _all_strengths(run) | {folder: {"networks": _digests(run, stages), "strengths": strengths}}
+    write_text(run / STRENGTHS, json.dumps(kept, indent=1))
 
 
 def kept_strengths(run: Path, folder: str, stages: Mapping[str, str]) -> dict[str, float]:
     """Return the best strengths that were found for a pipeline of these stages; nothing for another."""
-    path = run / STRENGTHS
-    kept = read_json(path, f"delete it, and `lediflow train {run}` finds the strengths again") or {}
-    found = kept.get(folder, {})
+    found = _all_strengths(run).get(folder, {})
     strengths: dict[str, float] = found.get("strengths", {})
     return strengths if strengths and found["networks"] == _digests(run, stages) else {}
+
+
+def _all_strengths(run: Path) -> dict[str, Any]:
+    return (
+        read_json(run / STRENGTHS, f"delete it, and `lediflow train {run}` finds the strengths again") or {}
+    )
 
 
 def _digests(run: Path, stages: Mapping[str, str]) -> dict[str, Any]:
