@@ -36,12 +36,17 @@ STARTS = {
     "coupled": {"upsampler": 1.0},
     "one evaluation": {"upsampler": 0.7, "upsampler-meanflow": 0.3},
     "learned": {"upsampler-prior": 0.1, "upsampler-learned": 0.9},
+    "learned one evaluation": {
+        "upsampler-prior": 0.07,
+        "upsampler-learned": 0.63,
+        "upsampler-learned-meanflow": 0.3,
+    },
     "gaussian": {"upsampler-gaussian": 1.0},
     "diffusion": {"upsampler-diffusion": 1.0},
     "regression": {"upsampler-regression": 1.0},
 }
 FILTERS = ("nearest", "bicubic", "lanczos")
-ONCE = ("regression", "one evaluation")  # whose number of steps is one
+ONCE = ("regression", "one evaluation", "learned one evaluation")  # whose number of steps is one
 
 
 def folder_of(output: Path, start: str) -> Path:

@@ -21,6 +21,8 @@ from lediflow.flow import logit_normal, stratified_t
 
 Path = Literal["linear", "slerp"]
 
+BLOCK = 32  # images of a batch whose noise a GPU draws at once: a launch for each would take longer than a step
+
 
 def derive_seed(seed: int, *names: int | str) -> int:
     """Return a 63-bit seed that depends on `seed` and on every name, for an independent stream of noise."""
@@ -108,8 +110,8 @@ def between(a: Tensor, b: Tensor, share: float, path: Path) -> Tensor:
 class BatchNoise:
     """All that is drawn for one training batch, or for the part of it that one process works on.
 
-    What image p of the whole batch gets depends on (seed, p) alone. However the batch is cut over processes
-    and micro-batches, every image meets the same noise.
+    What image p of the whole batch gets depends on (seed, p) and the kind of device alone. However the batch
+    is cut over processes and micro-batches, every image meets the same noise.
 
     Args:
         seed: of the step.
@@ -123,9 +125,13 @@ class BatchNoise:
 
     def normal(self, shape: Sequence[int], stream: str) -> Tensor:
         """Draw standard normal noise (len(positions), *shape) in fp32; streams are independent."""
-        noise = torch.empty((len(self.positions), *shape), device=self.device)
-        _fill(noise, [derive_seed(self.seed, stream, position) for position in self.positions])
-        return noise
+        first, last = self.positions.start, self.positions.stop
+        block = 1 if self.device.type == "cpu" else BLOCK
+        begin = first // block * block
+        starts = range(begin, last, block)
+        noise = torch.empty((len(starts), block, *shape), device=self.device)
+        _fill(noise, [derive_seed(self.seed, stream, start) for start in starts])
+        return noise.flatten(0, 1)[first - begin : last - begin]
 
     def uniform(self, stream: str) -> Tensor:
         """Draw one number on [0, 1) for each image: (len(positions),)."""
