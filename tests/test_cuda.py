@@ -1,4 +1,4 @@
-"""What only a GPU can tell: every stage trains there, and it computes what the CPU computes. Skipped without."""
+"""What only a GPU can tell: every stage trains there and computes what the CPU computes. Skipped without."""
 
 import json
 import shutil

@@ -351,3 +351,27 @@ def test_t5_trains_and_samples_too(names, tmp_path):
     pipeline = quiet(load_pipeline(train(config, tmp_path / "run", device="cpu", stages=STAGES[:3])))
     one, two = (pipeline(1, prompt=text, guidance=3.0, output_type="pt").images for text in ("cat", "a t"))
     assert not torch.equal(one, two)
+
+
+def test_the_apps_prompt_is_read_by_the_encoder_wherever_it_is_now(run, clip, pipe, app_limits, tmp_path):
+    from lediflow.app import create
+    from lediflow.app.models import Models
+    from lediflow.app.session import Session
+
+    moved, session = shutil.copytree(clip, tmp_path / "moved"), Session(tmp_path, 10)
+    models = Models.load(str(run), text_encoder=str(moved), device="cpu")
+    assert models.takes_text
+    asked = {"seed": 4, "count": 2, "steps": 1, "prompt": "a cat"}
+    *_, last = create.create(models, session, app_limits, asked)
+    expected = pipe(2, seed=4, steps=1, prompt="a cat").images
+    for kept, image in zip(last.done, expected, strict=True):
+        assert Image.open(kept.path).convert("L").tobytes() == image.convert("L").tobytes()
+    unasked = pipe(2, seed=4, steps=1).images
+    assert expected[0].tobytes() != unasked[0].tobytes(), "words change the picture"
+    assert create.restore(models, app_limits, last.done[0].path)[1]["prompt"] == "a cat"
+
+    models.pipeline._encoder = None
+    gone = {**pipe.config.prompt_encoder, "name": str(tmp_path / "gone")}
+    models.pipeline.register_to_config(prompt_encoder=gone)
+    with pytest.raises(UserError, match="no text encoder"):
+        next(create.create(models, session, app_limits, {**asked, "seed": 5}))

@@ -36,6 +36,15 @@ def encode(
             "encodes them again (upsampler.enlarge=pixels)."
         ),
     ] = "latents",
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Keep the texts of this column beside the latents, for a model that is told words "
+            "(text.encoder); a+b joins two, label takes the names of the classes.",
+            show_default=False,
+        ),
+    ] = None,
     split: Split = "train",
     dtype: Annotated[str, typer.Option(help="Of the stored latents: fp16 (finer) or bf16 (wider).")] = "fp16",
     sample: Annotated[
@@ -86,6 +95,7 @@ def encode(
             image_size=image_size,
             low_size=low_size,
             enlarge=enlarge,
+            text=text,
             split=split,
             dtype=dtype,
             sample=sample,

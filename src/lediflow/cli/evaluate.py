@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 from lediflow.choices import SOLVERS
-from lediflow.cli.options import Device, Dtype, LatentSolver, LatentSteps, Seed, completed, listed
+from lediflow.cli.options import (
+    Device,
+    Dtype,
+    LatentSolver,
+    LatentSteps,
+    Seed,
+    TextEncoderFolder,
+    completed,
+    listed,
+)
 
 Strengths = Annotated[
     list[str] | None,
@@ -92,6 +101,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Images at a time; the batch that is timed.")] = 64,
     device: Device = None,
     dtype: Dtype = "fp32",
+    text_encoder: TextEncoderFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
 ) -> None:
     """Measure models against real images, by solver and number of steps.
@@ -137,7 +147,15 @@ def evaluate(
         classifier_steps=classifier_steps,
         prompts=prompts,
     )
-    results = run(models, settings, output, cache=cache, device=device, overwrite=overwrite)
+    results = run(
+        models,
+        settings,
+        output,
+        cache=cache,
+        device=device,
+        text_encoder=text_encoder,
+        overwrite=overwrite,
+    )
     if not PartialState().is_main_process:
         return
     if as_json:

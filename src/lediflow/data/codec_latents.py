@@ -5,7 +5,7 @@ when the last shard is there. A latent is stored as the raw 16-bit numbers (fp16
 the order C, h, w) in a binary cell: `mean`, `mean_flipped` (of the mirrored image), and for codecs with a
 variance `log_var` and `log_var_flipped`; for pairs also `low` and `low_flipped`, the means of the same image
 made small and encoded (or, enlarged again as an image, encoded once more). `label` is the class (0 without
-classes), `row` the image's place in the dataset.
+classes), `row` the image's place in the dataset, `text` what it shows in words, where that was asked for.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class CodecLatents(MapData):
         shape: (C, h, w) of one latent.
         class_names: names of the classes, empty without classes.
         num_classes: how many, 0 without classes.
+        texts: what each image shows, empty where none were kept.
         pairs: pixels of the small and of the large image, and "latents" or "pixels", for what `low` is; None
             for latents without partners.
     """
@@ -90,6 +91,8 @@ class CodecLatents(MapData):
             low_side = side if self.meta["enlarge"] == "pixels" else low // self.space.factor
             self._low_shape = (self.space.channels, low_side, low_side)
             self._low_columns = ["low", *(["low_flipped"] if flip else [])]
+        self.texts: list[str] = []
+        self._kept = ["label", *(["text"] if self.meta["text"] is not None else [])]
         files = sorted(self.folder.glob(PATTERN))
         if len(files) != self.meta["shards"]:
             raise _damaged(self.folder, f"{len(files)} of {self.meta['shards']} shards are there")
@@ -206,12 +209,13 @@ class CodecLatents(MapData):
         cells, low_cells, labels = [], [], []
         try:
             for file in files:
-                table = pq.read_table(file, columns=[*self._columns, *self._low_columns, "label"])
+                table = pq.read_table(file, columns=[*self._columns, *self._low_columns, *self._kept])
                 columns = [_numbers(table[name].to_pylist(), self.shape) for name in self._columns]
                 cells.append(torch.stack(columns, dim=1))
                 low = [_numbers(table[name].to_pylist(), self._low_shape) for name in self._low_columns]
                 low_cells += [torch.stack(low, dim=1)] if low else []
                 labels += table["label"].to_pylist()
+                self.texts += table["text"].to_pylist() if "text" in self._kept else []
             self._cells, self.labels = torch.cat(cells), torch.tensor(labels, dtype=torch.int64)
             self._low_cells = torch.cat(low_cells) if low_cells else None
         except Exception as error:  # pyarrow, NumPy and torch each raise their own kinds on foreign cells
@@ -225,6 +229,7 @@ class CodecLatents(MapData):
                 "parquet", data_files=[str(file) for file in files], split="train"
             )
             self.labels = torch.tensor(rows["label"][:], dtype=torch.int64)
+            self.texts = list(rows["text"][:]) if "text" in self._kept else []
             self._rows = rows.select_columns([*self._columns, *self._low_columns])
         except Exception as error:  # datasets, pyarrow and the file system each raise their own kinds
             raise _damaged(self.folder, str(error.__cause__ or error) or type(error).__name__) from None
@@ -246,6 +251,7 @@ class _Meta(BaseModel):
     sample: Literal["mode", "posterior"]
     low_size: PositiveInt | None = None
     enlarge: Literal["latents", "pixels"] = "latents"
+    text: str | None = None
     class_names: list[str]
     commit: str = ""
     count: PositiveInt

@@ -38,6 +38,7 @@ def encode(
     image_size: int = 256,
     low_size: int | None = None,
     enlarge: str = "latents",
+    text: str | None = None,
     split: str = "train",
     dtype: str = "fp16",
     sample: str | None = None,
@@ -57,6 +58,7 @@ def encode(
         image_size: side of the images, pixels, a multiple of the codec's factor.
         low_size: also encode the images made this small, a divisor of `image_size`: for an upsampler.
         enlarge: "pixels" decodes those, enlarges them as images to `image_size` and encodes them again.
+        text: column of the texts to keep beside the latents, as in `text.column`; None for none.
         split: of the dataset.
         dtype: "fp16" (11 significant bits) or "bf16" (8 bits, any range), of the stored latents.
         sample: "posterior" stores mean and variance, so that training draws from it; "mode" the mean only;
@@ -82,7 +84,12 @@ def encode(
     if channels not in (1, 3):
         raise UserError(f"the codec {codec.name!r} takes {channels} channels, not grey or RGB images")
     data = ImageData(
-        dataset, image_size=image_size, channels=1 if channels == 1 else 3, split=split, cache_gb=0
+        dataset,
+        image_size=image_size,
+        channels=1 if channels == 1 else 3,
+        split=split,
+        cache_gb=0,
+        texts=() if text is None else (text,),
     )
     job = {
         "dataset": _one_spelling(dataset) if not data.commit else split_revision(dataset)[0],
@@ -98,6 +105,8 @@ def encode(
     }
     if low_size is not None:
         job |= {"low_size": low_size, "enlarge": enlarge}
+    if text is not None:
+        job["text"] = text
     count = math.ceil(len(data) / shard_size)
     shards = [output / f"latents-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
     _refuse_another(output, job)
@@ -240,8 +249,12 @@ def _encode_shard(
         "broken": [[image.name, image.reason] for image in lost],
     }
     fields = [(name, pa.binary()) for name in columns] + [("label", pa.int64()), ("row", pa.int64())]
+    columns |= {"label": data.labels[kept].tolist(), "row": kept}
+    if "text" in job:
+        fields.append(("text", pa.string()))
+        columns["text"] = [data.texts[row] for row in kept]
     table = pa.table(
-        {**columns, "label": data.labels[kept].tolist(), "row": kept},
+        columns,
         schema=pa.schema(fields, metadata={_META: json.dumps(report)}),
     )
     clear_files(path.parent, of=path)  # a shard has one maker
@@ -273,7 +286,7 @@ def _summary(
         "mean": mean.tolist(),
         "std": std.tolist(),
         "image_size": job["image_size"],
-        **{key: job[key] for key in ("low_size", "enlarge") if key in job},
+        **{key: job[key] for key in ("low_size", "enlarge", "text") if key in job},
         "dtype": job["dtype"],
         "sample": job["sample"],
         "dataset": shown(job["dataset"]),

@@ -76,6 +76,7 @@ def evaluate(
     *,
     cache: str | Path | None = None,
     device: str | None = None,
+    text_encoder: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Measure models and write results.json, table.md, report.html and pictures; rows that are there stay.
@@ -86,6 +87,7 @@ def evaluate(
         output: folder; one that holds rows of the same models and settings is resumed.
         cache: folder of features of real sets; None for `files.default_cache()`.
         device: "cpu", "cuda" or "mps"; None for the best there is.
+        text_encoder: where the frozen encoder of texts is now; None for where it was in training.
         overwrite: replace the report of another request; its rows stay, and those that fit are used.
 
     Returns:
@@ -98,6 +100,10 @@ def evaluate(
     where = join_launch(device)
     opened = [open_model(path, where, settings.dtype) for path in models]
     _name_apart(opened)
+    if text_encoder is not None:
+        readers = [model.pipeline for model in opened if model.pipeline.config.get("prompt_encoder")]
+        for pipeline in readers or [opened[0].pipeline]:  # which says that it reads no prompts
+            pipeline.load_text_encoder(text_encoder)
     wanted = [(model, request) for model in opened for request in _requests(model, settings)]
     if not wanted:
         raise UserError(

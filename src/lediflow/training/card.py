@@ -11,6 +11,7 @@ from lediflow.training.builders import count_parameters
 from lediflow.training.config import Config
 from lediflow.training.run_pipelines import UPSAMPLE, pipeline_stages, trained_stages
 from lediflow.training.stages import STAGES
+from lediflow.training.texts import kept_encoder
 
 
 def write_card(run: Path, config: Config, commit: str = "") -> None:
@@ -126,7 +127,7 @@ checked it for anything that a person, a product or a safety decision depends on
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-Every setting is in `config.yaml`.
+Every setting is in `config.yaml`.{_words(run, config)}
 
 ## Measured
 
@@ -158,6 +159,21 @@ def _licence(licence: str) -> str:
     if licence:
         return f"Licence of the weights: {licence}, as whoever shares them says."
     return "Nobody has said a licence of the weights."
+
+
+def _words(run: Path, config: Config) -> str:
+    """How the model reads prompts, if it does."""
+    if config.text.encoder == "characters":
+        return " Prompts are read by a small encoder that was trained along."
+    record = kept_encoder(run) if config.text.encoder else None
+    if record is None:
+        return ""
+    name, commit = Path(record["name"]), record["revision"]
+    said = f"`{name.name if name.is_absolute() else name}`{f' (commit `{commit}`)' if commit else ''}"
+    return (
+        f"\n\nPrompts are read by the frozen text encoder {said}, which is no part of this folder. The "
+        f"fingerprint of its weights and tokenizer is `{record['fingerprint']}`; another encoder is refused."
+    )
 
 
 def _measured(run: Path, config: Config) -> str:

@@ -194,14 +194,17 @@ def _open_latents(config: Config, folder: str) -> CodecLatents:
             f"this config trains on latents of {codec.model!r}, not on images. First type\n"
             f"  {command}\nthen train with --data latents"
         )
-    if config.text.encoder:
-        raise UserError(
-            "latents that are stored have no texts (text.encoder); train on the images with data.encode=true"
-        )
     if config.data.crop == "random" or config.data.streaming:
         key = "data.crop=random" if config.data.crop == "random" else "data.streaming=true"
         raise UserError(f"{key} does not work on latents, which are stored as they are; leave it out")
     data = CodecLatents(folder, flip=config.data.flip, cache_gb=config.data.cache_gb)
+    wanted_texts, kept = config.text.columns, data.meta["text"]
+    if wanted_texts and kept not in wanted_texts:
+        there = f"the texts of column {kept}" if kept else "no texts"
+        raise UserError(
+            f"the latents in {folder} hold {there}; encode the images with\n"
+            f"  {again} --text {wanted_texts[0]}\nor set text.column, or leave text.encoder out"
+        )
     space = data.space
     there = {"codec": space.codec, "image size": data.meta["image_size"], "factor": space.factor}
     wanted = {"codec": local_name(codec.model), "image size": size, "factor": codec.factor}
