@@ -4,10 +4,13 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 from lediflow import LeDiFlowPipeline, models
 from lediflow.errors import UserError
-from lediflow.pipelines.load import load_pipeline
+from lediflow.metrics.pairs import psnr
+from lediflow.pictures import to_float
+from lediflow.pipelines.load import load_pipeline, load_upsampler
 
 
 @pytest.fixture
@@ -77,3 +80,39 @@ def test_emoji_has_its_card_and_is_small():
         assert told in card
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 15e6
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+def smiley(side):
+    """A face as emoji have it, drawn large and made small."""
+    picture = Image.new("RGB", (1024, 1024), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((80, 80, 944, 944), fill=(255, 204, 50))
+    for x in (300, 620):
+        draw.ellipse((x, 330, x + 100, 480), fill=(90, 60, 20))
+    draw.arc((280, 360, 744, 780), 20, 160, fill=(90, 60, 20), width=40)
+    return picture.resize((side, side), Image.Resampling.BOX)
+
+
+def test_the_emoji_upsampler_enlarges_in_one_evaluation_and_better_than_a_filter():
+    def tensor(image):
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return to_float(pixels.view(1, 128, 128, 3).movedim(-1, 1))
+
+    pipeline = load_upsampler("emoji-x4")
+    pipeline.set_progress_bar_config(disable=True)
+    real, low = smiley(128), smiley(32)
+    out = pipeline(low, seed=0)
+    assert out.nfe == {"flow": 1}
+    assert out.images[0].size == (128, 128)
+    bicubic = low.resize((128, 128), Image.Resampling.BICUBIC)
+    decibels = [float(psnr(tensor(image), tensor(real))) for image in (out.images[0], bicubic)]
+    assert decibels[0] > decibels[1] + 1
+
+
+def test_the_emoji_upsampler_has_its_card_and_is_small():
+    folder = models.FOLDER / "emoji-x4"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    sets = ("Noto Emoji", "Fluent Emoji", "Firefox OS Emoji")
+    for told in (*sets, "Apache-2.0", "MIT", "lediflow train upsample-emoji"):
+        assert told in card
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 3e6

@@ -66,13 +66,15 @@ def test_images_are_those_of_the_cpu(run, part):
     torch.testing.assert_close(there.cpu(), here, atol=2e-3, rtol=0)
 
 
-def test_enlarged_images_are_those_of_the_cpu(run):
-    pipeline = load_upsampler(run)
+@pytest.mark.parametrize("part", ["upsampler", "upsampler-learned"])
+def test_enlarged_images_are_those_of_the_cpu(run, part):
+    pipeline = load_upsampler(run / part)
     pipeline.set_progress_bar_config(disable=True)
     low = torch.rand(2, 1, 8, 8)
     here = pipeline(low, seed=0, output_type="pt").images
     there = pipeline.to(CUDA)(low, seed=0, output_type="pt").images
-    torch.testing.assert_close(there.cpu(), here, atol=2e-3, rtol=0)
+    # torch lets a GPU round what it convolves to 10 bits (TF32), and the prior convolves
+    torch.testing.assert_close(there.cpu(), here, atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["tiles", "flex", "natten"])

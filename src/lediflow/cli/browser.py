@@ -11,7 +11,7 @@ import typer
 
 from lediflow.cli.options import CodecFolder, Device, Dtype, TextEncoderFolder
 
-MODEL = "emoji"
+MODEL, UPSAMPLER = "emoji", "emoji-x4"
 
 
 def app(
@@ -24,7 +24,9 @@ def app(
     upsampler: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Also show a tab that enlarges, with this model.", show_default=False
+            metavar="MODEL",
+            help=f"Also show a tab that enlarges. Default: {UPSAMPLER} with {MODEL}, else none.",
+            show_default=False,
         ),
     ] = None,
     host: Annotated[
@@ -65,6 +67,8 @@ def app(
         file_mb=_positive("--max-file-mb", max_file_mb),
         queue=_positive("--max-queue", max_queue),
     )
+    if upsampler is None and model == MODEL:
+        upsampler = UPSAMPLER
     models = Models.load(
         model, upsampler=upsampler, codec=codec, text_encoder=text_encoder, device=device, dtype=dtype
     )

@@ -67,7 +67,7 @@ def upsample(
 
     Examples:
 
-        lediflow upsample runs/emoji-upsample smiley.png --output large
+        lediflow upsample emoji-x4 smiley.png --output large
 
         lediflow upsample runs/upsampler photos/ --scale 4 --steps 4 --output large
 

@@ -131,7 +131,7 @@ Every setting is in `config.yaml`.{_words(run, config)}
 
 ## Measured
 
-{_measured(run, config)}
+{_measured(run, config, kind)}
 """
 
 
@@ -176,7 +176,7 @@ def _words(run: Path, config: Config) -> str:
     )
 
 
-def _measured(run: Path, config: Config) -> str:
+def _measured(run: Path, config: Config, kind: str) -> str:
     """What was measured of this run, or what its preset says of such runs."""
     for name, paragraphs in (("table.md", None), ("evaluation/table.md", 2)):
         if (run / name).is_file():
@@ -184,4 +184,4 @@ def _measured(run: Path, config: Config) -> str:
             return "\n\n".join(text.split("\n\n")[:paragraphs])
     if config.measured:
         return f"What these settings gave when they were measured: {config.measured}"
-    return "Nothing yet; `lediflow evaluate RUN --data IMAGES` does."
+    return "Nothing yet." if kind == UPSAMPLE else "Nothing yet; `lediflow evaluate RUN --data IMAGES` does."

@@ -200,9 +200,9 @@ def _open_latents(config: Config, folder: str) -> CodecLatents:
     data = CodecLatents(folder, flip=config.data.flip, cache_gb=config.data.cache_gb)
     wanted_texts, kept = config.text.columns, data.meta["text"]
     if wanted_texts and kept not in wanted_texts:
-        there = f"the texts of column {kept}" if kept else "no texts"
+        found = f"the texts of column {kept}" if kept else "no texts"
         raise UserError(
-            f"the latents in {folder} hold {there}; encode the images with\n"
+            f"the latents in {folder} hold {found}; encode the images with\n"
             f"  {again} --text {wanted_texts[0]}\nor set text.column, or leave text.encoder out"
         )
     space = data.space
