@@ -233,3 +233,19 @@ def test_an_evaluation_has_a_row_for_every_strength(pipe, unrefined):
         Settings(data="digits", latent_guidance=(9.0,)).strengths(pipe)
     words = strength_words({"latent_guidance": 2.0, "autoguidance": 1.5, "guidance": 1.0})
     assert words == "w 1.5, latent g 2"
+
+
+def test_clusters_are_found_along_where_a_stage_is_told_them(tmp_path):
+    config = load_config("digits", [*TINY, "clusters.count=4"])
+    run = train(config, tmp_path / "run", device="cpu", stages=["auxiliary", "flow", "sampler"])
+    found = (run / "clusters" / "checkpoints").stat().st_mtime_ns
+    assert load_pipeline(run).components["clusters"].config.count == 4
+    train(config, run, device="cpu", stages=["sampler"])
+    assert (run / "clusters" / "checkpoints").stat().st_mtime_ns == found, "once"
+
+
+def test_a_stage_that_lacks_another_is_refused_before_any_is_trained(tmp_path):
+    config = load_config("digits", [*TINY, "training.meanflow.autoguidance=[1,2]"])
+    with pytest.raises(UserError, match="no trained weak-flow stage yet"):
+        train(config, tmp_path / "run", device="cpu", stages=["auxiliary", "flow", "meanflow"])
+    assert not (tmp_path / "run").exists()

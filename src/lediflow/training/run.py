@@ -49,7 +49,7 @@ from lediflow.training.run_pipelines import (
     write_pipelines,
 )
 from lediflow.training.solving import solve
-from lediflow.training.stages import StageSpec
+from lediflow.training.stages import StageSpec, in_order
 from lediflow.training.teacher import check_strengths
 from lediflow.training.texts import EncodedTexts, FrozenEncoder, settle_text
 from lediflow.training.trackers import check_tracker, start_tracker, stop_tracker
@@ -70,7 +70,7 @@ def train(
         config: every setting, from `load_config`.
         output: run folder; where it holds the same run already, each stage resumes from its last checkpoint.
         stages: which stages; None for those of `training.stages`. What a stage relies on (the table in
-            stages.py) must be trained now or earlier.
+            stages.py) must be trained now or earlier; `clusters` are found along where they are missing.
         device: "cpu", "cuda" or "mps"; None for the best there is.
         resume: False moves each of the stages' earlier folders aside and trains it again.
 
@@ -95,6 +95,7 @@ def train(
     data = open_data(config, run if resume else None)
     config, encoder = settle_text(settle_clusters(config, data), accelerator)
     _refuse_another_run(run, config, chosen, resume)
+    chosen = _completed(run, config, chosen)
     if resume:
         refuse_other_latents(run, data)
         if encoder is not None:
@@ -149,6 +150,24 @@ def _train_stages(
         if accelerator.is_main_process:
             _say(f"{spec.name}: done, {last}")
         on_main(accelerator, lambda: _conclude(run, config, data))
+
+
+def _completed(run: Path, config: Config, chosen: list[StageSpec]) -> list[StageSpec]:
+    """Return the stages, with `clusters` where one is told them and nobody has found them: it takes seconds.
+
+    Raises:
+        UserError: another stage that one relies on is neither among them nor trained; before any is trained.
+    """
+
+    def missing(stages: list[StageSpec]) -> set[str]:
+        return {name for spec in stages for name in config.relies_on(spec)} - {spec.name for spec in stages}
+
+    names = [spec.name for spec in chosen]
+    if "clusters" in missing(chosen) and not checkpoint.steps_on_disk(run / "clusters" / "checkpoints"):
+        chosen = in_order([*names, "clusters"])
+    for name in missing(chosen):
+        check_finished(run, name)
+    return chosen
 
 
 def _identity(spec: StageSpec, config: Config, run: Path) -> dict[str, object]:
