@@ -72,13 +72,17 @@ def test_emoji_follows_words(emoji):
     assert warmth[0] > warmth[1] + 0.1
 
 
-def test_emoji_has_its_card_and_is_small():
-    folder = models.FOLDER / "emoji"
+@pytest.mark.parametrize(
+    ("name", "command", "most"),
+    [("emoji", "lediflow train emoji-32", 15e6), ("emoji-x4", "lediflow train upsample-emoji", 3e6)],
+)
+def test_a_model_that_ships_has_its_card_and_is_small(name, command, most):
+    folder = models.FOLDER / name
     card = (folder / "README.md").read_text(encoding="utf-8")
     sets = ("Noto Emoji", "Fluent Emoji", "Firefox OS Emoji")
-    for told in (*sets, "Apache-2.0", "MIT", "lediflow train emoji-32"):
+    for told in (*sets, "Apache-2.0", "MIT", command):
         assert told in card
-    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 15e6
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= most
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]
 
 
@@ -107,12 +111,3 @@ def test_the_emoji_upsampler_enlarges_in_one_evaluation_and_better_than_a_filter
     bicubic = low.resize((128, 128), Image.Resampling.BICUBIC)
     decibels = [float(psnr(tensor(image), tensor(real))) for image in (out.images[0], bicubic)]
     assert decibels[0] > decibels[1] + 1
-
-
-def test_the_emoji_upsampler_has_its_card_and_is_small():
-    folder = models.FOLDER / "emoji-x4"
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    sets = ("Noto Emoji", "Fluent Emoji", "Firefox OS Emoji")
-    for told in (*sets, "Apache-2.0", "MIT", "lediflow train upsample-emoji"):
-        assert told in card
-    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 3e6
