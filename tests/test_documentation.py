@@ -100,10 +100,11 @@ def test_links_that_lead_out_are_listed():
 QUICK = [s for s in TINY if s.startswith("training") and "stages" not in s] + [
     *(
         f"training.{stage}.{key}=2"
-        for stage in ("auxiliary", "flow", "sampler", "meanflow", "sampler_meanflow")
+        for stage in ("auxiliary", "flow", "weak_flow", "sampler", "meanflow", "sampler_meanflow")
         for key in ("steps", "batch_size")
     ),
     *("auxiliary.widths=[32,32,32]", "flow.widths=[64,64]", "sampler.widths=[64]"),
+    "training.meanflow.autoguidance=null",  # or the search for its strength takes a minute
 ]
 
 

@@ -46,10 +46,11 @@ def test_command_line_examples(desk, monkeypatch, capsys):
     quick = [s for s in TINY if s.startswith("training") and "stages" not in s] + [
         *(
             f"training.{s}.{k}=2"
-            for s in ("auxiliary", "flow", "sampler", "meanflow", "sampler_meanflow")
+            for s in ("auxiliary", "flow", "weak_flow", "sampler", "meanflow", "sampler_meanflow")
             for k in ("steps", "batch_size")
         ),
         *("auxiliary.widths=[32,32,32]", "flow.widths=[64,64]", "sampler.widths=[64]"),
+        "training.meanflow.autoguidance=null",  # or the search for its strength takes a minute
     ]
     for command in commands:
         extra = [part for s in quick for part in ("--set", s)] if command[1] == "train" else []
