@@ -21,9 +21,8 @@ from lediflow.flow import logit_normal, stratified_t
 
 Path = Literal["linear", "slerp"]
 
-BLOCK = (
-    32  # images of a batch whose noise a GPU draws at once: a launch for each would take longer than a step
-)
+# images of a batch whose noise a GPU draws at once: a launch for each would take longer than a step
+BLOCK = 32
 
 
 def derive_seed(seed: int, *names: int | str) -> int:

@@ -162,9 +162,8 @@ def _completed(run: Path, config: Config, chosen: list[StageSpec]) -> list[Stage
     def missing(stages: list[StageSpec]) -> set[str]:
         return {name for spec in stages for name in config.relies_on(spec)} - {spec.name for spec in stages}
 
-    names = [spec.name for spec in chosen]
     if "clusters" in missing(chosen) and not checkpoint.steps_on_disk(run / "clusters" / "checkpoints"):
-        chosen = in_order([*names, "clusters"])
+        chosen = in_order(["clusters", *(spec.name for spec in chosen)])
     for name in missing(chosen):
         check_finished(run, name)
     return chosen
