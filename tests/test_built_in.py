@@ -1,6 +1,8 @@
 """Models that come with the package."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,3 +113,13 @@ def test_the_emoji_upsampler_enlarges_in_one_evaluation_and_better_than_a_filter
     bicubic = low.resize((128, 128), Image.Resampling.BICUBIC)
     decibels = [float(psnr(tensor(image), tensor(real))) for image in (out.images[0], bicubic)]
     assert decibels[0] > decibels[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("LeDiFlowPipeline", "emoji"), ("FlowUpsamplePipeline", "emoji-x4")]
+)
+def test_a_fresh_interpreter_loads_a_model_by_its_name(kind, name):
+    """Diffusers loads networks of modules that are imported already; here nothing else imports them."""
+    code = f"from lediflow import {kind}; {kind}.from_pretrained({name!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from lediflow.conditions import Conditions
 from lediflow.errors import UserError
 from lediflow.fields import Field, conditional
 from lediflow.gaussian import DiagonalGaussian
+from lediflow.networks import unet, upsampling_prior, velocity  # noqa: F401  diffusers loads what is imported
 from lediflow.networks.model import Network
 from lediflow.pictures import to_pil
 from lediflow.pipelines.codec import FORMAT, CodecPipeline, OutputType, PipelineOutput
