@@ -80,19 +80,22 @@ def create(page: Page, count: int, seed: int) -> None:
 def move(page: Page) -> float:
     """Move the slider by one; milliseconds until another picture is on the screen."""
     return page.evaluate(
-        """() => new Promise(done => {
+        """patience => new Promise((done, failed) => {
           const slider = document.querySelector('#explore-slider input[type=range]');
           const picture = document.querySelector('#explore-picture img');
           const old = picture.src, began = performance.now();
           const look = () => {
             const now = document.querySelector('#explore-picture img');
-            if (now && now.src !== old && now.complete) done(performance.now() - began);
+            const ms = performance.now() - began;
+            if (now && now.src !== old && now.naturalWidth) done(ms);
+            else if (ms > patience) failed(new Error('no new picture'));
             else requestAnimationFrame(look);
           };
           slider.value = (Number(slider.value) + 7) % 101;
           slider.dispatchEvent(new Event('input', {bubbles: true}));
           look();
-        })"""
+        })""",
+        PATIENCE,
     )
 
 

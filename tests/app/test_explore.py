@@ -54,3 +54,17 @@ def test_plain_flow_matching_has_no_way(app_models, app_limits):
     plain = Models("plain", app_models.baseline, "")
     with pytest.raises(UserError, match="plain flow matching and has no latent z"):
         explore.way_between(plain, app_limits, (1, 2))
+
+
+def test_a_picture_is_not_written_again_while_another_visitor_is_sent_it(tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    from lediflow.app.components import picture_shown
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    drawing = Image.new("RGB", (8, 8), "red")
+    path = picture_shown(drawing)
+    assert same(Image.open(path), drawing)
+    assert picture_shown(Image.new("RGB", (4, 16), "red")) != path  # the same bytes in another shape
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "save", None)
+        assert picture_shown(drawing.copy()) == path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import html
 import inspect
 from collections.abc import Callable
@@ -12,9 +13,12 @@ from typing import Any
 import gradio as gr
 from gradio.components.base import server
 from gradio.components.image_editor import AcceptBlobs, EditorDataBlobs
+from gradio.utils import get_upload_folder
+from PIL import Image
 
 from lediflow.data.opening import BrokenImageError
 from lediflow.errors import UserError
+from lediflow.files import explained, written_whole
 from lediflow.pipelines.photos import listed_photo
 
 # Work with the model waits in one queue; what must answer at once, while a slider moves, in another; and what
@@ -54,6 +58,26 @@ def picture_file(label: str, name: str, height: int = 220) -> gr.Image:
     # a subclass would do, but of each Gradio writes a stub beside its source
     picture.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return picture
+
+
+def picture_shown(image: Image.Image) -> str:
+    """Write a picture for the page and return its path.
+
+    Gradio would name it by its content too, and write it again in place for every visitor who sees the same
+    one, which cuts short what another is just being sent.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    content = hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
+    path = Path(get_upload_folder()) / content / "picture.png"
+    with explained(path):
+        if path.exists():
+            path.touch()  # those that nobody saw for long are removed
+        else:
+            with written_whole(path) as unfinished:
+                image.save(unfinished)
+    return str(path)
 
 
 def painter(label: str, name: str, colour: str, side: int) -> gr.ImageEditor:

@@ -8,7 +8,7 @@ import gradio as gr
 from PIL import Image
 
 from lediflow.app import edit, uploads
-from lediflow.app.components import LIGHT, WORK, painter, picture_file, told
+from lediflow.app.components import LIGHT, WORK, painter, picture_file, picture_shown, told
 from lediflow.app.limits import Limits
 from lediflow.app.models import Models
 from lediflow.app.session import Session
@@ -166,7 +166,7 @@ def _anonymize(models: Models, limits: Limits, state: gr.State) -> None:
         photo = edit.bare(uploads.open_upload(path, limits)).convert("RGB")
         named = zip(faces, edit.face_names(faces), strict=True)
         inside = [(edit.box_inside(face, photo.size), name) for face, name in named if name in on]
-        return photo, inside
+        return picture_shown(photo), inside
 
     def find(path: str | None) -> Any:
         if path is None:

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from lediflow.app import explore
-from lediflow.app.components import LIGHT, QUICK, WORK, picture_file, told
+from lediflow.app.components import LIGHT, QUICK, WORK, picture_file, picture_shown, told
 from lediflow.app.create import evaluations, roll
 from lediflow.app.limits import Limits
 from lediflow.app.models import Models
@@ -59,7 +59,7 @@ def _between(models: Models, limits: Limits, state: gr.State, opened: gr.Tab) ->
 
     def shown(found: explore.Way, stop: float) -> Any:
         image, nfe, seconds = found.at(int(stop))
-        return image, f"{1000 * seconds:.0f} ms. {evaluations(nfe)}"
+        return picture_shown(image), f"{1000 * seconds:.0f} ms. {evaluations(nfe)}"
 
     def prepare(seed_a: Any, seed_b: Any, path_a: Any, path_b: Any, name: Any, stop: float) -> Any:
         ends = (path_a or seed_a, path_b or seed_b)

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from lediflow.app.components import WORK, told
+from lediflow.app.components import WORK, picture_shown, told
 from lediflow.app.inside import MOST_STEPS, inside
 from lediflow.app.limits import Limits
 from lediflow.app.models import Models
@@ -41,6 +41,7 @@ def build(models: Models, limits: Limits) -> None:
     def run(seed: Any, steps: int, name: Any) -> Any:
         found = inside(models, limits, seed=seed, steps=steps, class_name=chosen(name))
         rows = [found.z, found.prior, found.path, found.baseline]
-        return *rows[: len(shown)], found.told
+        files = [[(picture_shown(image), name) for image, name in row] for row in rows[: len(shown)]]
+        return *files, found.told
 
     start.click(told(run), [seed, steps, label], [*shown, status], show_progress_on=[status], **WORK)
