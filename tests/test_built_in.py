@@ -108,7 +108,7 @@ def test_the_emoji_upsampler_enlarges_in_one_evaluation_and_better_than_a_filter
     pipeline.set_progress_bar_config(disable=True)
     real, low = smiley(128), smiley(32)
     out = pipeline(low, seed=0)
-    assert out.nfe == {"flow": 1}
+    assert out.nfe == {"flow": 1, "prior": 1}
     assert out.images[0].size == (128, 128)
     bicubic = low.resize((128, 128), Image.Resampling.BICUBIC)
     decibels = [float(psnr(tensor(image), tensor(real))) for image in (out.images[0], bicubic)]

@@ -28,7 +28,10 @@ def upsample(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Solver steps; default 10, or 1 with mean.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Solver steps; default 10, or 1 with mean or from a learned prior.", show_default=False
+        ),
     ] = None,
     solver: Annotated[
         str | None,

@@ -40,6 +40,7 @@ from lediflow.upsampling import enlarged, noised
 
 ENLARGE = ("nearest", "bilinear", "pixels")
 STEPS = 10  # of Euler, where the paper's quality levels off (Table 4)
+STEPS_FROM_A_PRIOR = 1  # more did not pay (docs/upsampling.md)
 
 
 class FlowUpsamplePipeline(CodecPipeline):
@@ -127,7 +128,7 @@ class FlowUpsamplePipeline(CodecPipeline):
             image: a PIL image or a list of them, of any sizes; pixels (B, C, h, w), float in [-1, 1] or
                 uint8; or, for a model of latents, those that a base pipeline returned with
                 output_type="latent", also packed as Flux does.
-            num_inference_steps: solver steps; None for 10, or 1 with "mean".
+            num_inference_steps: solver steps; None for 10, or 1 with "mean" or from a learned prior.
             solver: one of `ode.SOLVERS`; None for "mean" where the flow has an average velocity, otherwise
                 "euler".
             scale: how many times larger; None for the model's own. A power of that runs the model several
@@ -180,7 +181,8 @@ class FlowUpsamplePipeline(CodecPipeline):
         """
         if solver is None and not self.flow.average_velocity:
             solver = "euler"
-        solver, steps = ode.settle_solver(self.flow, solver, steps, STEPS)
+        usual = STEPS if self.prior is None else STEPS_FROM_A_PRIOR
+        solver, steps = ode.settle_solver(self.flow, solver, steps, usual)
         return {"solver": solver, "steps": steps}
 
     def settled(

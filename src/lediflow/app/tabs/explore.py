@@ -73,11 +73,15 @@ def _between(models: Models, limits: Limits, state: gr.State, opened: gr.Tab) ->
     def move(found: explore.Way | None, *given: Any) -> Any:
         return prepare(*given) if found is None else (found, *shown(found, given[-1]))
 
+    def first_one(found: explore.Way | None, *given: Any) -> Any:
+        return prepare(*given) if found is None else gr.skip()
+
     for changed in (first, second, label):
         changed.change(told(prepare), inputs, outputs, **options, **QUICK)
     for given in pictures:
         given.change(told(prepare), inputs, outputs, **options, **QUICK)
-    opened.select(told(move), [way, *inputs], outputs, **options, **QUICK)
+    # an answer may come after that of a slider that was moved meanwhile, and would bring the old place back
+    opened.select(told(first_one), [way, *inputs], outputs, **options, **QUICK)
     slider.input(told(move), [way, *inputs], outputs, **options, **QUICK)
     roll_both.click(lambda: (roll(), roll()), None, [first, second], show_progress="hidden", **LIGHT)
 
