@@ -31,7 +31,7 @@ def test_a_picture_is_enlarged_as_the_pipeline_does(models, app_session, app_lim
     (kept,) = edited.made
     expected = models.upsampler(Image.open(drawing), 1, seed=3).images[0]
     assert Image.open(kept.path).tobytes() == expected.tobytes()
-    assert expected.size == (80, 48) and edited.nfe == {"flow": 1}
+    assert expected.size == (80, 48) and edited.nfe == {"flow": 1, "prior": 1}
 
 
 def test_a_grey_model_takes_a_photo_in_colour(models, app_session, app_limits, photo):
