@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("fixed")
 ROOT = Path(__file__).resolve().parent.parent
 
 FIRST_STAGES = ("auxiliary", "flow", "sampler", "baseline")
-REFINING = ("meanflow", "sampler-meanflow", "baseline-meanflow", "distill")
+REFINING = ("meanflow", "sampler-meanflow", "baseline-meanflow", "distill", "meanflow-distill")
 UPSAMPLING = (
     "upsampler",
     "upsampler-meanflow",
@@ -59,6 +59,7 @@ TINY = [
     "training.precision=fp32",
     "training.log_every=2",
     "training.distill.pairs=300",
+    "training.meanflow_distill.pairs=300",
     f"training.stages=[{', '.join(FIRST_STAGES)}]",
     *(
         f"training.{stage}.{setting}"

@@ -38,7 +38,7 @@ def test_every_row_names_a_pipeline_its_parts_and_stages_that_train_them():
 def test_a_run_has_a_pipeline_for_each_way_to_sample(tiny_mean_run, tiny_run):
     found = {
         folder: load_pipeline(tiny_mean_run / folder)
-        for folder in (".", "flow", "distill", "baseline", "baseline-meanflow")
+        for folder in (".", "flow", "meanflow", "distill", "baseline", "baseline-meanflow")
     }
     refined = {
         name: (p.flow.average_velocity, hasattr(p, "sampler") and p.sampler.average_velocity)
@@ -47,6 +47,7 @@ def test_a_run_has_a_pipeline_for_each_way_to_sample(tiny_mean_run, tiny_run):
     assert refined == {
         ".": (True, True),
         "flow": (False, False),
+        "meanflow": (True, True),
         "distill": (True, True),
         "baseline": (False, False),
         "baseline-meanflow": (True, False),
@@ -75,7 +76,8 @@ def test_each_part_is_of_the_most_refined_stage_there_is(tiny_mean_run, tiny_run
         for folder, (_, stages) in pipeline_stages(tiny_mean_run, load_run_config(tiny_mean_run)).items()
     }
     assert refined == {
-        ".": {"auxiliary": "auxiliary", "flow": "meanflow", "sampler": "sampler-meanflow"},
+        ".": {"auxiliary": "auxiliary", "flow": "meanflow-distill", "sampler": "sampler-meanflow"},
+        "meanflow": {"auxiliary": "auxiliary", "flow": "meanflow", "sampler": "sampler-meanflow"},
         "distill": {"auxiliary": "auxiliary", "flow": "distill", "sampler": "sampler-meanflow"},
         "flow": {name: name for name in first},
         "baseline": {"flow": "baseline"},

@@ -41,7 +41,7 @@ def diagnose(
 
     Args:
         model: run folder or pipeline of LeDiFlow. Where RUN/baseline is trained, its paths stand beside. The
-            paths of a distilled flow, which has only learned their ends, are those of RUN/flow.
+            paths of a distilled flow, which has only learned their ends, are those of what it learned from.
         data: DATASET the model was trained on.
         validation: DATASET of held-out images; None for that split of `data`, else other training images.
         num_images: images of each kind, at least 50.
@@ -185,9 +185,19 @@ def _baseline(model: str | Path, device: torch.device) -> FlowMatchingPipeline |
 def _teacher(model: str | Path, device: torch.device) -> LeDiFlowPipeline | None:
     """Return what a distilled model of a run folder learned from, or None for any other model."""
     path = Path(model)
-    trained = {name for name in ("meanflow", "distill") if (path / name / "checkpoints").is_dir()}
-    run = path.parent if path.name == "distill" else path if trained == {"distill"} else None
-    if run is None or not (run / "flow" / "pipeline" / "model_index.json").is_file():
+    if path.name == "distill":
+        teacher = path.parent / "flow"
+    elif _trained(path, "meanflow-distill"):
+        teacher = path / "meanflow"
+    elif _trained(path, "distill") and not _trained(path, "meanflow"):
+        teacher = path / "flow"
+    else:
         return None
-    pipeline = load_pipeline(run / "flow").to(device)
+    if not (teacher / "pipeline" / "model_index.json").is_file():
+        return None
+    pipeline = load_pipeline(teacher).to(device)
     return pipeline if isinstance(pipeline, LeDiFlowPipeline) else None
+
+
+def _trained(run: Path, stage: str) -> bool:
+    return (run / stage / "checkpoints").is_dir()

@@ -32,6 +32,7 @@ from lediflow.training.run_pipelines import (
     pipeline_stages,
     write_pipelines,
 )
+from lediflow.training.stages import check_stage
 
 VALUES = 5  # evenly spaced on the learned range; then two more beside the best
 IMAGES = 512  # of each value
@@ -54,7 +55,7 @@ def find_strengths(run: str | Path, device: str | None = None) -> dict[str, dict
     run, where = Path(run), check_device(device)
     config, found = load_run_config(run), {}
     for folder, (_, stages) in pipeline_stages(run, config).items():
-        learned = any(getattr(config.stage(stage), "strengths", {}) for stage in stages.values())
+        learned = any(config.strengths(check_stage(stage)) for stage in stages.values())
         if learned and not kept_strengths(run, folder, stages):
             pipeline = load_pipeline(run / folder / "pipeline").to(where)
             found[folder] = _search(run, config, pipeline, folder)

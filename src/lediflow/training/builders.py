@@ -166,7 +166,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 def build_network(spec: StageSpec, config: Config) -> nn.Module:
     """Build the network that a stage trains."""
-    found = getattr(config.stage(spec.name), "strengths", {})
+    found = config.strengths(spec)
     told = {"strengths": found} if found else {}
     average_velocity = OBJECTIVES[spec.objective].average_velocity
     return NETWORKS[spec.network](config, average_velocity=average_velocity, **told)

@@ -26,6 +26,7 @@ from lediflow.training.settings import (
     DataConfig,
     FlowConfig,
     Positive,
+    Range,
     SamplerConfig,
     Section,
     TextConfig,
@@ -165,12 +166,22 @@ class Config(Section):
     def relies_on(self, spec: StageSpec) -> tuple[str, ...]:
         """The stages that must be trained before a stage: what it needs, starts from, and is guided by."""
         settings, found = self.stage(spec.name), list(self.uses(spec))
-        strengths = getattr(settings, "strengths", {})
+        strengths = self.strengths(spec)
         if spec.starts_from and (strengths or not getattr(settings, "from_scratch", False)):
             found.append(spec.starts_from)
         if spec.weak and "autoguidance" in strengths:
             found.append(spec.weak)
         return tuple(found)
+
+    def strengths(self, spec: StageSpec) -> dict[str, Range]:
+        """The kinds of guidance that a stage's network has learned, and their ranges.
+
+        A stage that sets none of its own keeps those of the network that it starts from.
+        """
+        settings = self.stage(spec.name)
+        if hasattr(settings, "strengths") or spec.starts_from is None:
+            return getattr(settings, "strengths", {})
+        return self.strengths(check_stage(spec.starts_from))
 
     def to_yaml(self) -> str:
         """Return every setting as YAML, in the order of the classes."""

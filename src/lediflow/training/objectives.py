@@ -84,7 +84,7 @@ class Objective(ABC):
 
     def _strengths(self) -> dict[str, Any]:
         """What the network is told of guidance, as an argument of `build`; nothing where it learns none."""
-        found = getattr(self.settings, "strengths", {})
+        found = self.config.strengths(self.spec)
         return {"strengths": found} if found else {}
 
     def learn(self, model: nn.Module, batch: Batch, noise: BatchNoise) -> Losses:

@@ -2,6 +2,7 @@
 
 RUN/pipeline/                    what `from_pretrained` loads: the most refined stages there are
 RUN/flow/pipeline/               the same, unrefined, once something is refined
+RUN/meanflow/pipeline/           with the flow of `meanflow`, where `meanflow-distill` is there too
 RUN/distill/pipeline/            with the flow of `distill`, where `meanflow` is there too
 RUN/baseline/pipeline/           plain flow matching
 RUN/baseline-meanflow/pipeline/  the same in one evaluation
@@ -58,7 +59,13 @@ SAMPLER = {"sampler": ("sampler-meanflow", "sampler")}
 WEAK = {"flow": "weak-flow", "sampler": "weak-sampler"}
 WEAK_BASELINE = {"flow": "weak-baseline"}
 RUN_PIPELINES = [
-    RunPipeline(".", "LeDiFlowPipeline", {**PRIOR, "flow": ("meanflow", "distill", "flow"), **SAMPLER}, WEAK),
+    RunPipeline(
+        ".",
+        "LeDiFlowPipeline",
+        {**PRIOR, "flow": ("meanflow-distill", "meanflow", "distill", "flow"), **SAMPLER},
+        WEAK,
+    ),
+    RunPipeline("meanflow", "LeDiFlowPipeline", {**PRIOR, "flow": ("meanflow",), **SAMPLER}, WEAK),
     RunPipeline("distill", "LeDiFlowPipeline", {**PRIOR, "flow": ("distill",), **SAMPLER}, WEAK),
     RunPipeline("flow", "LeDiFlowPipeline", {**PRIOR, "flow": ("flow",), "sampler": ("sampler",)}, WEAK),
     RunPipeline("baseline", "FlowMatchingPipeline", {"flow": ("baseline",)}, WEAK_BASELINE),

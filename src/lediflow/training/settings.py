@@ -344,8 +344,18 @@ class SourceMeanFlowStageConfig(MeanFlowStageConfig):
     )
 
 
-class DistillStageConfig(RefiningStageConfig):
-    """Stage `distill`: the flow's own end points."""
+class EndsStageConfig(StageConfig):
+    """Stage `meanflow-distill`: where several steps of the average velocity end."""
 
-    pairs: Positive = Field(16_000, description="start and end points that the trained flow makes, once")
-    teacher_steps: Positive = Field(4, description="midpoint steps in which it makes them")
+    pairs: Positive = Field(16_000, description="start and end points that the trained network makes, once")
+    teacher_steps: Positive = Field(4, description="steps in which it makes them")
+    points: Literal["ends", "trajectory"] = Field(
+        "ends", description="trajectory: half of a batch learns the ways between the points of those steps"
+    )
+    perceptual: float = Field(
+        0.0, ge=0, description="weight of the distance of ends in features of the run's own encoder"
+    )
+
+
+class DistillStageConfig(EndsStageConfig, RefiningStageConfig):
+    """Stage `distill`: where midpoint steps of the flow end."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lediflow.conditions import Conditions
 from lediflow.errors import UserError
-from lediflow.fields import Field, guided, plain_and_guided
+from lediflow.fields import Field, conditional, guided, plain_and_guided
 from lediflow.sources import BatchNoise
 from lediflow.training.config import Config
 from lediflow.training.couplings import Context
@@ -50,8 +50,7 @@ class Teacher:
     """
 
     def __init__(self, spec: StageSpec, context: Context, *, always: bool = False):
-        self.settings = context.config.stage(spec.name)
-        self.ranges = self.settings.strengths
+        self.ranges = context.config.strengths(spec)
         wanted = spec.starts_from is not None and (always or self.ranges)
         self.network: Any = context.network(spec.starts_from) if wanted and spec.starts_from else None
         self.weak = context.network(spec.weak) if "autoguidance" in self.ranges and spec.weak else None
@@ -63,6 +62,8 @@ class Teacher:
 
     def field(self, conditions: Conditions) -> Field:
         """Return the teacher's field, guided as strongly as the conditions say."""
+        if self.network.average_velocity:  # it has learned its guidance
+            return conditional(self.network, conditions)
         told, options = self._guidance(conditions)
         return guided(self.network, told, **options)
 
