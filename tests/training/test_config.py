@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from lediflow.errors import UserError
-from lediflow.training.config import Config, differences, load_config, load_run_config, preset_names
+from lediflow.training.config import Config, differences, load_config, load_run_config
+from lediflow.training.config_files import preset_names
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -3,7 +3,8 @@
 import pytest
 
 from lediflow.training.builders import NETWORKS, count_parameters
-from lediflow.training.config import load_config, preset_names
+from lediflow.training.config import load_config
+from lediflow.training.config_files import preset_names
 from lediflow.training.stages import STAGES
 
 RGB = ("ffhq-256", "afhq-256", "lhq-256")

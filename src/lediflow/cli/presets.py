@@ -20,7 +20,8 @@ def presets(
 
         lediflow presets flowers-64 > mine.yaml
     """
-    from lediflow.training.config import load_config, preset_names
+    from lediflow.training.config import load_config
+    from lediflow.training.config_files import preset_names
 
     if as_json:
         from lediflow.training.builders import count_parameters

@@ -26,7 +26,8 @@ from lediflow.pipelines.base import ImagePipeline
 from lediflow.pipelines.lediflow import LeDiFlowPipeline
 from lediflow.pipelines.load import load_pipeline
 from lediflow.training.builders import build_auxiliary, build_flow, build_sampler, is_refined
-from lediflow.training.config import load_config, preset_names
+from lediflow.training.config import load_config
+from lediflow.training.config_files import preset_names
 
 # the networks of a pipeline as its NFE names them, and the component that holds the weights
 COMPONENTS = {"sampler": "sampler", "decoder": "auxiliary", "flow": "flow"}

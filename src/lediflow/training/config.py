@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model, field_vali
 
 from lediflow.choices import Compile, Precision, Tracker
 from lediflow.errors import UserError, nearest
+from lediflow.training.config_files import apply_override, read_tree, read_yaml, set_value
 from lediflow.training.settings import (
     AuxiliaryConfig,
     AverageConfig,
@@ -227,13 +227,6 @@ def _with_sections(specs: tuple[StageSpec, ...]) -> type[Config]:
     return create_model("Config", __base__=Config, training=(training, training()))
 
 
-def preset_names() -> list[str]:
-    """Return the names of the presets that come with the package, sorted."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in _preset_folder().iterdir() if p.name.endswith(".yaml")
-    )
-
-
 def load_config(
     source: str | Path,
     overrides: Iterable[str] | None = None,
@@ -250,12 +243,12 @@ def load_config(
     Raises:
         UserError: no such preset or file, not YAML, or a setting that is unknown or impossible.
     """
-    tree = _read_tree(source)
+    tree = read_tree(source)
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     for key, value in (values or {}).items():
         if value is not None:
-            _set(tree, key, value)
+            set_value(tree, key, value)
     try:
         config = config_class().model_validate(tree)
     except ValidationError as error:
@@ -284,7 +277,7 @@ def load_run_config(run: Path) -> Config:
         UserError: it was written by a version whose run folders this one does not read, or it is damaged.
     """
     path = run / "config.yaml"
-    if _read_yaml(path).get("format") != FORMAT:
+    if read_yaml(path).get("format") != FORMAT:
         raise UserError(
             f"{run} was made by another version of lediflow, and its format ({path.name} says no "
             f"`format: {FORMAT}`) cannot be read here; train again, into another --output"
@@ -297,90 +290,6 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     a, b = (_flatten(c.model_dump(mode="json")) for c in (old, new))
     free = {*FREE_KEYS, *(f"training.{spec.section}.steps" for spec in STAGES.values())}
     return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k) and k not in free}
-
-
-def _preset_folder():
-    return resources.files("lediflow") / "presets"
-
-
-def _read_tree(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the settings of a preset or file, over those of the one that it extends."""
-    tree = _read_yaml(source)
-    base = tree.pop("extends", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise UserError(f"{source}: extends must name a preset or a YAML file, not {base!r}")
-    if base in above or len(above) > 8:
-        circle = " -> ".join((*above, str(source), base))
-        raise UserError(f"{source}: extends runs in a circle: {circle}")
-    beside = Path(source).parent / base
-    found = beside if beside.is_file() else base
-    return _merged(_read_tree(found, (*above, str(source))), tree)
-
-
-def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """Lay settings over others, section by section."""
-    both = dict(base)
-    for key, value in tree.items():
-        below = both.get(key)
-        both[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return both
-
-
-def _read_yaml(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"no config file {source}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {source}: {error}") from None
-    else:
-        names = preset_names()
-        if str(source) not in names:
-            raise UserError(
-                f"unknown preset {str(source)!r}{nearest(str(source), names)}; "
-                f"give a YAML file or one of {', '.join(names)}"
-            )
-        text = (_preset_folder() / f"{source}.yaml").read_text(encoding="utf-8")
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{source} must hold settings as `key: value`")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {override!r}: write it as key.subkey=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: {text!r} is not a valid value") from None
-    _set(tree, key, _number(value) if isinstance(value, str) else value)
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.strip().split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {key}: {parent!r} is a value, it has no keys below it")
-    node[last] = value
-
-
-def _number(text: str) -> str | float:
-    # YAML 1.1 reads 1e-3 as a string, which nobody means
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _explain(tree: dict[str, Any], error: Any) -> str:
