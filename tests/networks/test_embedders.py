@@ -125,7 +125,19 @@ def test_what_a_network_does_not_have_is_refused_by_name():
         one("class")(Conditions(image=torch.zeros(3, 1, 2, 2)), TOKENS)
 
 
-def test_features_add_up_and_come_in_the_order_of_the_config():
+def test_conditions_stand_beside_the_patches_in_one_order_whatever_that_of_the_config():
+    """A saved config is sorted; the weights of what it reads back must meet the same features."""
+    two = {name: SETTINGS[name] for name in ("finer", "coarser")}
+    told = example_conditions(two, 2)
+    beside, other = (
+        torch.cat(ConditionEmbedders(settings, WIDTH, GRID)(told, TOKENS[:2])[0], dim=-1)
+        for settings in (two, dict(reversed(two.items())))
+    )
+    assert torch.equal(beside, other)
+    assert beside.shape[-1] == 6 and beside.std() > 0
+
+
+def test_features_add_up_and_come_in_the_order_of_names():
     embedders = ConditionEmbedders(SETTINGS, WIDTH, GRID)
     assert embedders.features == 2 + 4
     beside, vectors = embedders(example_conditions(SETTINGS, 3), TOKENS)

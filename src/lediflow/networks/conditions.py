@@ -53,7 +53,8 @@ class ConditionEmbedders(nn.ModuleDict):
 
     def __init__(self, settings: Mapping[str, Mapping[str, Any]], width: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        for name, of in settings.items():
+        # by name, for a config that is read back has them in another order than the one that was trained
+        for name, of in sorted(settings.items()):
             kind = of.get("embedder", "")
             if kind not in EMBEDDERS:
                 raise UserError(
