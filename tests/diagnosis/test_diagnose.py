@@ -47,6 +47,9 @@ def test_a_tiny_run_with_average_velocity(tiny_mean_run):
     assert distilled["latent_sampler"] == {"solver": "midpoint", "steps": 4}
     by_hand = _errors(tiny_mean_run / "flow", tiny_mean_run / "distill")
     assert distilled["curvature"]["error"] == pytest.approx(by_hand)
+    ends = diagnose(tiny_mean_run, "digits", latent_solver="midpoint", **few)["numbers"]
+    by_hand = _errors(tiny_mean_run / "meanflow", tiny_mean_run)
+    assert ends["curvature"]["error"] == pytest.approx(by_hand)
 
 
 def _errors(paths, model):
