@@ -149,18 +149,12 @@ class AuxiliaryModel(HourglassNetwork, ModelMixin, ConfigMixin):
         tokens = self.posterior_norm(self._encoded(y)).flatten(1, 2).float()
         return torch.cat((tokens.mean(1), tokens.std(1)), dim=1)
 
-    def levels(self, y: Tensor) -> list[Tensor]:
-        """Return the tokens of each level of the encoder, the finest first; (B, h, w, width) each."""
-        x = self.patch_in(patchify(y.movedim(1, -1).to(self.patch_in.weight.dtype), self.patch_size))
-        found: list[Tensor] = []
-        for i, level in enumerate(self.encoder):
-            x = level(self.merges[i - 1](x) if i else x)
-            found.append(x)
-        return found
-
     def _encoded(self, y: Tensor) -> Tensor:
         """The tokens of the encoder's last level, (B, h, w, width)."""
-        return self.levels(y)[-1]
+        x = self.patch_in(patchify(y.movedim(1, -1).to(self.patch_in.weight.dtype), self.patch_size))
+        for i, level in enumerate(self.encoder):
+            x = level(self.merges[i - 1](x) if i else x)
+        return x
 
     def decode(self, z: Tensor) -> DiagonalGaussian:
         """Return the learned prior P_L (eq. 3) for z (B, c, h, w): mean and log-variance (B, C, H, W)."""

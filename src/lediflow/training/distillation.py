@@ -14,28 +14,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from lediflow import flow, ode
 from lediflow.conditions import Conditions
 from lediflow.data.batches import MapData, batches
 from lediflow.files import clear_files, explained, written_whole
-from lediflow.networks.auxiliary import AuxiliaryModel
 from lediflow.progress import Progress
 from lediflow.sources import BatchNoise, derive_seed, image_noise
 from lediflow.training.objectives import Objective
 from lediflow.training.teacher import Teacher
 
 PAIRS_PER_FILE = 256
-END, BETWEEN = "end", "between"  # in a file of pairs; the rest are conditions
+END = "end"  # in a file of pairs; the rest are conditions
 
 
 class Distillation(Objective):
-    """Learn x + u(x, 0, 1), where the trained flow that the stage starts from carries x.
-
-    With `points` "trajectory" half of a batch learns the ways between the points of the teacher's steps
-    instead (CMT, arXiv 2509.24526).
-    """
+    """Learn x + u(x, 0, 1), where the trained flow that the stage starts from carries x."""
 
     average_velocity = True
     solver = "mean"
@@ -50,7 +44,6 @@ class Distillation(Objective):
             **identity,
             "pairs": self.settings.pairs,
             "steps": self.settings.teacher_steps,
-            "points": self.settings.points,
             "seed": self.config.training.seed,
             **self.config.strengths(self.spec),
         }
@@ -66,7 +59,7 @@ class Distillation(Objective):
         """Make one file's pairs and keep them in memory."""
         _, batch = next(self._batches([0]))
         pairs = self._carry(batch, 0)
-        self.ends, self.between = pairs.pop(END), pairs.pop(BETWEEN, None)
+        self.ends = pairs.pop(END)
         self.conditions = Conditions(**pairs)
 
     def make_pairs(self, folder: Path, identity: str, *, rank: int = 0, world_size: int = 1) -> None:
@@ -98,7 +91,7 @@ class Distillation(Objective):
         """Read the pairs of all files; half precision keeps them small."""
         files = [safe_open(file, "pt") for file in self.files]
         kept = {name: torch.cat([file.get_tensor(name) for file in files]) for name in files[0].keys()}  # noqa: SIM118
-        self.ends, self.between = kept.pop(END), kept.pop(BETWEEN, None)
+        self.ends = kept.pop(END)
         self.conditions = Conditions(**kept)
 
     def _batches(self, wanted: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -124,16 +117,13 @@ class Distillation(Objective):
         noise = BatchNoise(self._seed, batch_size=numbers.stop, positions=numbers, device=self.context.device)
         _, conditions = self.coupling.targets(batch, noise)
         conditions = self.teacher.strengths(conditions, noise)
-        points = ode.integrate(
+        end = ode.integrate(
             self.teacher.field(conditions),
             self._x(conditions, numbers),
             steps=self.settings.teacher_steps,
             solver="mean" if self.teacher.network.average_velocity else "midpoint",
-            trajectory=True,
-        ).trajectory.half()
-        kept = {END: points[-1], **conditions}
-        if self.settings.points == "trajectory":
-            kept[BETWEEN] = points[1:-1].transpose(0, 1)
+        ).end
+        kept = {END: end.half(), **conditions}
         return {name: value.contiguous().cpu() for name, value in kept.items()}
 
     @property
@@ -159,45 +149,8 @@ class Distillation(Objective):
         conditions = self.conditions.rows(numbers).to(self.context.device)
         x, end = self._x(conditions, numbers), self.ends[numbers].to(self.context.device, torch.float32)
         t = torch.zeros(len(numbers), device=self.context.device)
-        r = torch.ones_like(t)
-        if self.between is not None:
-            x, end, t, r = self._part_of_the_way(x, self.between[numbers].to(x), end, noise)
-        span = flow.expand_t(r - t, x)
-        u = model(x, t, self.given(conditions, noise), r)
-        loss = (u.float() - (end - x) / span).square().mean()
-        if not self.settings.perceptual:
-            return loss, {}
-        ended = r == 1
-        far = perceptual_distance(
-            self.context.network("auxiliary"), (x + span * u.float())[ended], end[ended]
-        )
-        return loss + self.settings.perceptual * far, {"squared": loss.detach(), "perceptual": far.detach()}
-
-    def _part_of_the_way(
-        self, x: Tensor, between: Tensor, end: Tensor, noise: BatchNoise
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Two points of each trajectory, x and its end for every second image, and their times."""
-        points = torch.cat((x[:, None], between, end[:, None]), dim=1)
-        last = points.shape[1] - 1
-        first = (noise.uniform("first") * last).long().clamp_max(last - 1)
-        second = first + 1 + (noise.uniform("second") * (last - first)).long()
-        whole = torch.tensor([i % 2 == 0 for i in noise.positions], device=x.device)
-        first, second = first.masked_fill(whole, 0), second.clamp_max(last).masked_fill(whole, last)
-        rows = torch.arange(len(x), device=x.device)
-        return points[rows, first], points[rows, second], first / last, second / last
-
-
-def perceptual_distance(encoder: AuxiliaryModel, a: Tensor, b: Tensor) -> Tensor:
-    """Mean over levels and places of 2 - 2 cos of the encoder's tokens of two batches of images, a scalar.
-
-    As LPIPS (arXiv 1801.03924) compares, in the features of theta_E, which has seen these images only.
-    """
-    with torch.no_grad():
-        goal = encoder.levels(b)
-    pairs = zip(encoder.levels(a), goal, strict=True)
-    return torch.stack(
-        [2 - 2 * F.cosine_similarity(p.float(), q.float(), dim=-1).mean() for p, q in pairs]
-    ).mean()
+        u = model(x, t, self.given(conditions, noise), torch.ones_like(t))
+        return flow.matching_loss(u, x, end), {}
 
 
 def _is_there(file: Path, identity: str) -> bool:

@@ -349,12 +349,6 @@ class EndsStageConfig(StageConfig):
 
     pairs: Positive = Field(16_000, description="start and end points that the trained network makes, once")
     teacher_steps: Positive = Field(4, description="steps in which it makes them")
-    points: Literal["ends", "trajectory"] = Field(
-        "ends", description="trajectory: half of a batch learns the ways between the points of those steps"
-    )
-    perceptual: float = Field(
-        0.0, ge=0, description="weight of the distance of ends in features of the run's own encoder"
-    )
 
 
 class DistillStageConfig(EndsStageConfig, RefiningStageConfig):
