@@ -53,8 +53,9 @@ class ConditionEmbedders(nn.ModuleDict):
 
     def __init__(self, settings: Mapping[str, Mapping[str, Any]], width: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        # by name, for a config that is read back has them in another order than the one that was trained
-        for name, of in sorted(settings.items()):
+        # a config that is read back has them in another order than the one that was trained
+        self._by_name = sorted(settings)
+        for name, of in settings.items():
             kind = of.get("embedder", "")
             if kind not in EMBEDDERS:
                 raise UserError(
@@ -99,8 +100,8 @@ class ConditionEmbedders(nn.ModuleDict):
         self.check(conditions)
         beside: list[Tensor] = []
         vectors: list[Tensor] = []
-        for name, embedder in self.items():
-            value, dropped = conditions.get(name), conditions.dropped.get(name)
+        for name in self._by_name:
+            embedder, value, dropped = self[name], conditions.get(name), conditions.dropped.get(name)
             (beside if embedder.features else vectors).append(embedder(value, dropped, tokens))
         return beside, vectors
 
