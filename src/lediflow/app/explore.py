@@ -57,7 +57,7 @@ class Way:
         with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
             w = between(*self.ends, share, "slerp")[None]
             latent = pipeline.sample_z(w, self.labels, **forth)
-            x = pipeline.prior(latent.end).at(self.noise)
+            x = pipeline.source(latent.end, self.noise)
             solver = {name: self.settings[name] for name in ("solver", "steps")}
             end = pipeline.carry(x, latent.end, self.labels, **solver)
         nfe = {"sampler": latent.nfe, "decoder": 1, "flow": end.nfe}

@@ -61,8 +61,8 @@ def inside(models: Models, limits: Limits, *, seed: int, steps: int, class_name:
     z = pipeline.sample_z(w, labels).end
     prior = pipeline.prior(z)
     noise = pipeline.noise(pipeline.sample_shape, [0], seed, "x")
-    x = prior.at(noise)
-    solution = _path(pipeline, labels.also(z=z), bool(labels.labels), x, steps)
+    x = prior.at(pipeline.temperature * noise)
+    solution = _path(pipeline, labels.also(z=z), x, steps)
     sentences = [_told("From the learned prior", x, solution)]
     start = [(_picture(pipeline, prior.mean), "mu"), (_spread(prior.std), "sigma")]
     start.append((_picture(pipeline, x), "x ~ P_L"))
@@ -70,14 +70,15 @@ def inside(models: Models, limits: Limits, *, seed: int, steps: int, class_name:
     if models.baseline is not None:
         plain = models.baseline
         labels = plain.labels_of([0], class_labels, seed=seed)
-        gaussian = _path(plain, labels, bool(labels.labels), noise, steps)
-        sentences.append(_told("From noise", noise, gaussian))
+        x = plain.temperature * noise
+        gaussian = _path(plain, labels, x, steps)
+        sentences.append(_told("From noise", x, gaussian))
         beside = _frames(plain, gaussian)
     return Inside(_channels(z), start, path, beside, "\n\n".join(sentences))
 
 
-def _path(pipeline: ImagePipeline, told: Conditions, labelled: bool, x: Tensor, steps: int) -> ode.Solution:
-    strengths = pipeline.settle_strengths(labelled=labelled)
+def _path(pipeline: ImagePipeline, told: Conditions, x: Tensor, steps: int) -> ode.Solution:
+    strengths = pipeline.settle_strengths(labels=told.labels)
     field = pipeline.field(
         pipeline.flow, told, strengths["guidance"], strengths["autoguidance"], pipeline.weak_flow, len(x)
     )

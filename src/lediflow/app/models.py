@@ -128,12 +128,12 @@ class Models:
 
     @property
     def strengths(self) -> dict[str, tuple[float, float, float]]:
-        """Of each guidance that the model can have: least, most, and what it has by itself."""
+        """Of temperature and each guidance that the model can have: least, most, and its own."""
         best = self.pipeline.settle_strengths()
         found = {}
         for name, strength in self.pipeline.strengths().items():
             if strength.possible:
-                low, high = strength.learned or (1.0, 4.0)
+                low, high = strength.learned or strength.usual
                 found[name] = (low, high, best[name])
         return found
 

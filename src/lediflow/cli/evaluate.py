@@ -66,6 +66,12 @@ def evaluate(
     latent_guidance: Strengths = None,
     autoguidance: Strengths = None,
     latent_autoguidance: Strengths = None,
+    temperature: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Temperatures of the source, such as 0.8,1, each with rows of its own.", show_default=False
+        ),
+    ] = None,
     features: Annotated[
         list[str] | None,
         typer.Option(
@@ -136,6 +142,7 @@ def evaluate(
         autoguidance=_strengths(autoguidance),
         latent_guidance=_strengths(latent_guidance),
         latent_autoguidance=_strengths(latent_autoguidance),
+        temperature=_strengths(temperature),
         features=tuple(listed(features)),
         num_images=num_images,
         reference_images=reference_images,

@@ -109,6 +109,14 @@ LatentAutoguidance = Annotated[
     float | None,
     typer.Option(help="The same for the latent sampler (stage weak-sampler).", show_default=False),
 ]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="How much of the source's noise an image starts with, 0 to 1.5; below 1 images are cleaner and "
+        "vary less. Default: the model's own, or 1.",
+        show_default=False,
+    ),
+]
 CodecFolder = Annotated[
     str | None,
     typer.Option(

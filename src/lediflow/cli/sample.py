@@ -30,6 +30,7 @@ from lediflow.cli.options import (
     Prompts,
     Seed,
     Steps,
+    Temperature,
     TextEncoderFolder,
     listed,
 )
@@ -52,6 +53,7 @@ def sample(
     latent_guidance: LatentGuidance = None,
     autoguidance: Autoguidance = None,
     latent_autoguidance: LatentAutoguidance = None,
+    temperature: Temperature = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for 000000.png ... and grid.png.")
     ] = Path("samples"),
@@ -137,7 +139,7 @@ def sample(
             model,
             {"solver": solver, "steps": steps},
             {"latent_solver": latent_solver, "latent_steps": latent_steps},
-            {"guidance": guidance, "autoguidance": autoguidance},
+            {"guidance": guidance, "autoguidance": autoguidance, "temperature": temperature},
             {"latent_guidance": latent_guidance, "latent_autoguidance": latent_autoguidance},
             pipeline.labels_of([], **told).labels,
         ),

@@ -53,7 +53,7 @@ def reconstruct(pipeline: LeDiFlowPipeline, y: Tensor, request: Request) -> Tens
         noise = pipeline.noise(batch.shape[1:], indices, request.seed, "x")
         with torch.autocast(where.type, dtype=DTYPES[request.dtype], enabled=request.dtype != "fp32"):
             z = pipeline.encode(batch).mean
-            x = pipeline.prior(z).at(noise)
+            x = pipeline.source(z, noise, request.temperature)
             solution = pipeline.carry(x, z, steps=request.steps, solver=request.solver)
         ends.append(solution.end.float().clamp(-1, 1).cpu())
     return torch.cat(ends)

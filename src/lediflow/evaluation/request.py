@@ -38,6 +38,7 @@ class Request:
         autoguidance: likewise.
         latent_guidance: likewise.
         latent_autoguidance: likewise.
+        temperature: likewise.
         prompts: DATASET whose texts are drawn as prompts, for a model that is told texts; None for none.
     """
 
@@ -53,6 +54,7 @@ class Request:
     autoguidance: float | None = None
     latent_guidance: float | None = None
     latent_autoguidance: float | None = None
+    temperature: float | None = None
     prompts: str | None = None
 
     def images(self, pipeline: ImagePipeline, indices: range, output_type: str = "pt") -> Any:
@@ -99,6 +101,7 @@ class Settings:
         autoguidance: likewise.
         latent_guidance: likewise.
         latent_autoguidance: likewise.
+        temperature: likewise.
         features: feature networks; empty for CLIP, or for the classifier where CLIP is unavailable.
         num_images: generated for each row.
         reference_images: most real images that are used.
@@ -121,6 +124,7 @@ class Settings:
     autoguidance: tuple[float, ...] = ()
     latent_guidance: tuple[float, ...] = ()
     latent_autoguidance: tuple[float, ...] = ()
+    temperature: tuple[float, ...] = ()
     features: tuple[str, ...] = ()
     num_images: int = 1000
     reference_images: int = 50_000
@@ -153,7 +157,7 @@ class Settings:
         return self.data if self.prompts and pipeline.reader is not None else None
 
     def strengths(self, pipeline: ImagePipeline) -> list[dict[str, float]]:
-        """Return every combination of the strengths of guidance that a pipeline has.
+        """Return every combination of temperature and the strengths of guidance that a pipeline has.
 
         Raises:
             UserError: one that it cannot have.
@@ -199,14 +203,17 @@ def drawn_prompts(texts: Sequence[str], indices: Sequence[int], seed: int) -> li
 
 
 def strength_words(row: Mapping[str, Any]) -> str:
-    """Return the guidance of a row as text, empty for none."""
+    """Return guidance and temperature of a row as text, empty for none."""
     named = {
         "guidance": "g",
         "autoguidance": "w",
         "latent_guidance": "latent g",
         "latent_autoguidance": "latent w",
+        "temperature": "temperature",
     }
-    return ", ".join(f"{short} {row[name]:g}" for name, short in named.items() if (row.get(name) or 1) != 1)
+    return ", ".join(
+        f"{short} {row[name]:g}" for name, short in named.items() if row.get(name) not in (None, 1)
+    )
 
 
 def latent_words(options: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from lediflow.pipelines.labels import (
     check_prompt,
 )
 from lediflow.pipelines.prompts import PromptReader
-from lediflow.pipelines.strengths import Strength
+from lediflow.pipelines.strengths import Strength, Temperature
 from lediflow.sources import image_noise
 
 
@@ -134,11 +134,18 @@ class ImagePipeline(PromptReader, CodecPipeline):
             text=to_device(self.told(texts), self.device) if prompts else None,
         )
 
-    # Guidance
+    # Guidance and temperature
 
-    def strengths(self) -> dict[str, Strength]:
+    @property
+    def temperature(self) -> float:
+        """The model's own, which edited pictures start with too; 1 where it has none."""
+        found: float = (self.config.get("strengths") or {}).get("temperature", 1.0)
+        return found
+
+    def strengths(self) -> dict[str, Strength | Temperature]:
         """What guides this pipeline's networks, by the name of the argument that says how strongly."""
         return {
+            "temperature": Temperature(),
             "guidance": Strength(self.flow, "guidance"),
             "autoguidance": Strength(self.flow, "autoguidance", self.weak_flow, "weak-flow"),
         }
@@ -146,7 +153,7 @@ class ImagePipeline(PromptReader, CodecPipeline):
     def settle_strengths(
         self, *, labels: Sequence[str] | None = None, **asked: float | None
     ) -> dict[str, float]:
-        """Return the strength of every guidance; None stands for the best found in training, or 1, for none.
+        """Return temperature and the strength of every guidance; None stands for the model's own, or 1.
 
         Args:
             labels: names of the conditions that the images have, such as "label"; None for all. A network
@@ -239,7 +246,7 @@ class ImagePipeline(PromptReader, CodecPipeline):
         Raises:
             UserError: when the first batch is asked for; see `__call__`.
         """
-        strengths = {name: options.pop(name) for name in [*options] if name.endswith("guidance")}
+        strengths = {name: options.pop(name) for name in self.strengths() if name in options}
         told: dict[str, Any] = {"class_labels": class_labels, "cluster": cluster, "prompt": prompt}
         options = self.settle(**options)
         self.check_request(num_images, batch_size=batch_size, output_type=output_type, **told)

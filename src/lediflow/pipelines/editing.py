@@ -102,7 +102,7 @@ class Editing(LatentStart):
                 labels = self._told_labels(indices, class_labels)
                 z = self.encode(self._to_flow(pixels[indices.start : indices.stop])).mean
                 prior = self.prior(z)
-                x = prior.at(self.noise(self.sample_shape, indices, seed, "x"))
+                x = prior.at(self.temperature * self.noise(self.sample_shape, indices, seed, "x"))
                 labels = self.of_cluster(labels, z)
                 end = self.carry(x, z, labels, solver=settled["solver"], steps=settled["steps"])
             parts.append((end.end, prior.mean, x))
@@ -231,7 +231,7 @@ class Editing(LatentStart):
                 latent = ode.Solution(self.auxiliary.unstandardize(w), 0, None, w)
                 if space == "noise":
                     latent = self.sample_z(w, labels, **forth)
-                x = self.prior(latent.end).at(self.noise(self.sample_shape, [0] * len(part), seed, "x"))
+                x = self.source(latent.end, self.noise(self.sample_shape, [0] * len(part), seed, "x"))
                 end = self.carry(x, latent.end, labels, solver=settled["solver"], steps=settled["steps"])
             made.append(end.end)
             counts.append((len(part), {**used("sampler", latent.nfe), "decoder": 1, "flow": end.nfe}))

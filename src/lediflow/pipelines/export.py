@@ -95,7 +95,7 @@ class OneEvaluation(nn.Module):
         (pipeline,) = self.pipeline
         given = dict(zip((i.name for i in self.inputs), values, strict=True))
         labels = Conditions(label=given.get("label"), cluster=given.get("cluster"))
-        x, latent = given["noise"], Conditions()
+        x, latent = pipeline.temperature * given["noise"], Conditions()
         if isinstance(pipeline, LeDiFlowPipeline):
             told = labels.also(**_strengths(given, "latent_"))
             z = pipeline.auxiliary.unstandardize(_mean_step(pipeline.sampler, given["w"], told))

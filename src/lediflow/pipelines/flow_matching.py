@@ -27,7 +27,8 @@ class FlowMatchingPipeline(Inpainting):
         id2label: name of each class by its index as a string, for a model with classes.
         clusters: of z, where the flow is told an image's cluster.
         weak_flow: a worse flow, for autoguidance.
-        strengths: of guidance, by the names of the arguments of `__call__`, where None is asked for.
+        strengths: of guidance, and temperature, by the names of the arguments of `__call__`, where None is
+            asked for.
         prompt_encoder: where the frozen encoder of texts was, and its fingerprint
             (`text_encoders.TextEncoder.record`); None for a model that is told none, or by bytes.
         format: of the saved pipeline, which is always the one that this version writes.
@@ -66,6 +67,7 @@ class FlowMatchingPipeline(Inpainting):
         prompt: Prompt = None,
         guidance: float | None = None,
         autoguidance: float | None = None,
+        temperature: float | None = None,
         seed: int = 0,
         first_image: int = 0,
         batch_size: int = 64,
@@ -93,6 +95,7 @@ class FlowMatchingPipeline(Inpainting):
                 prompt=prompt,
                 guidance=guidance,
                 autoguidance=autoguidance,
+                temperature=temperature,
                 seed=seed,
                 first_image=first_image,
                 batch_size=batch_size,
@@ -110,7 +113,7 @@ class FlowMatchingPipeline(Inpainting):
         return (self.noise(self.sample_shape, indices, seed, "x"),)
 
     def strengths(self):
-        """Guidance of the flow."""
+        """Guidance of the flow, and the temperature of its noise."""
         weak = Strength(self.flow, "autoguidance", self.weak_flow, "weak-baseline")
         return {**super().strengths(), "autoguidance": weak}
 
@@ -120,9 +123,9 @@ class FlowMatchingPipeline(Inpainting):
             raise UserError(
                 "plain flow matching has no latent z to change: leave strength at 0 and constant_noise out"
             )
-        return self.noise(self.sample_shape, indices, seed, "x"), labels, {}
+        return self.temperature * self.noise(self.sample_shape, indices, seed, "x"), labels, {}
 
-    def _make(self, noise, labels, *, steps, solver, guidance=1.0, autoguidance=1.0):
+    def _make(self, noise, labels, *, steps, solver, guidance=1.0, autoguidance=1.0, temperature=1.0):
         field = self.flow_field(labels, guidance, autoguidance)
-        solution = ode.integrate(field, noise[0], steps=steps, solver=solver)
+        solution = ode.integrate(field, temperature * noise[0], steps=steps, solver=solver)
         return solution.end, {"flow": solution.nfe}

@@ -70,7 +70,7 @@ class LatentStart(Inpainting):
             evaluations += w.nfe
         noise = self.noise(self.sample_shape, [0] * len(indices) if constant_noise else indices, seed, "x")
         nfe.update(used("sampler", evaluations))
-        return self.prior(z).at(noise), labels.also(z=z), dict(nfe)
+        return self.source(z, noise), labels.also(z=z), dict(nfe)
 
     def _changed(
         self, z: Tensor, w: Tensor, cells: Tensor, labels: Conditions, how: dict[str, Any]

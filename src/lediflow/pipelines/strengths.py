@@ -1,10 +1,10 @@
-"""How strongly a network may be guided: by an evaluation more, or as it has learned."""
+"""How strongly a network may be guided: by an evaluation more, or as it has learned; and the temperature."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lediflow.conditions import LABELS
 from lediflow.errors import UserError
@@ -25,6 +25,7 @@ class Strength:
     kind: str
     weak: Any = None
     weak_stage: str = ""
+    usual: ClassVar[tuple[float, float]] = (1.0, 4.0)  # what a user may want of one that is not learned
 
     @property
     def learned(self) -> tuple[float, float] | None:
@@ -67,3 +68,34 @@ class Strength:
                 f"one with `lediflow train ... --stage {self.weak_stage}`"
             )
         raise UserError(f"{name} {value:g} needs a model with classes, clusters or text; leave it at 1")
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """How much of the source's noise an image starts with: x = mu + temperature * sigma * noise.
+
+    Below 1 the images are cleaner and vary less; Glow (arXiv 1807.03039) samples so. With eq. 3 it costs
+    little variety, for most of that is in z.
+    """
+
+    learned: ClassVar[tuple[float, float] | None] = None
+    possible: ClassVar[bool] = True
+    usual: ClassVar[tuple[float, float]] = (0.0, 1.5)
+
+    def guides_by(self, labels: Sequence[str]) -> bool:
+        """Whether it can do something for images that have these conditions."""
+        return True
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse what is no temperature.
+
+        Args:
+            name: of the argument, for the message.
+            value: 1 for the source as it was trained.
+
+        Raises:
+            UserError: below 0, or above 1.5: no flow has learned from there.
+        """
+        low, high = self.usual
+        if not low <= value <= high:
+            raise UserError(f"{name} must be between {low:g} and {high:g}, not {value:g}")

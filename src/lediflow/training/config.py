@@ -106,6 +106,13 @@ class Config(Section):
     upsampler: UpsamplerConfig | None = None
     clusters: ClustersConfig = ClustersConfig()
     text: TextConfig = TextConfig()
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        le=1.5,
+        description="of the learned prior when images are made, unless a request says another: x = mu + "
+        "temperature * sigma * noise",
+    )
     training: TrainingConfig = TrainingConfig()
 
     @property
@@ -198,6 +205,7 @@ FREE_KEYS = (
     "data.workers",
     "data.cache_gb",
     "data.max_broken",
+    "temperature",
     "training.compile",
     "training.gradient_checkpointing",
     "training.log_every",

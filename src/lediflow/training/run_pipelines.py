@@ -53,7 +53,7 @@ class RunPipeline:
     noise_level: int | None = None
 
 
-UPSAMPLE = "FlowUpsamplePipeline"
+LEDIFLOW, UPSAMPLE = "LeDiFlowPipeline", "FlowUpsamplePipeline"
 PRIOR = {"auxiliary": ("auxiliary",)}
 SAMPLER = {"sampler": ("sampler-meanflow", "sampler")}
 WEAK = {"flow": "weak-flow", "sampler": "weak-sampler"}
@@ -61,13 +61,13 @@ WEAK_BASELINE = {"flow": "weak-baseline"}
 RUN_PIPELINES = [
     RunPipeline(
         ".",
-        "LeDiFlowPipeline",
+        LEDIFLOW,
         {**PRIOR, "flow": ("meanflow-distill", "meanflow", "distill", "flow"), **SAMPLER},
         WEAK,
     ),
-    RunPipeline("meanflow", "LeDiFlowPipeline", {**PRIOR, "flow": ("meanflow",), **SAMPLER}, WEAK),
-    RunPipeline("distill", "LeDiFlowPipeline", {**PRIOR, "flow": ("distill",), **SAMPLER}, WEAK),
-    RunPipeline("flow", "LeDiFlowPipeline", {**PRIOR, "flow": ("flow",), "sampler": ("sampler",)}, WEAK),
+    RunPipeline("meanflow", LEDIFLOW, {**PRIOR, "flow": ("meanflow",), **SAMPLER}, WEAK),
+    RunPipeline("distill", LEDIFLOW, {**PRIOR, "flow": ("distill",), **SAMPLER}, WEAK),
+    RunPipeline("flow", LEDIFLOW, {**PRIOR, "flow": ("flow",), "sampler": ("sampler",)}, WEAK),
     RunPipeline("baseline", "FlowMatchingPipeline", {"flow": ("baseline",)}, WEAK_BASELINE),
     RunPipeline("baseline-meanflow", "FlowMatchingPipeline", {"flow": ("baseline-meanflow",)}, WEAK_BASELINE),
     RunPipeline(".", UPSAMPLE, {"flow": ("upsampler-meanflow", "upsampler")}),
@@ -226,7 +226,10 @@ def _write(
             for part, stage in stages.items()
         }
         settings = _settings(row, config, class_names)
-        if strengths := kept_strengths(run, folder, stages):
+        strengths = kept_strengths(run, folder, stages)
+        if row.kind == LEDIFLOW and config.temperature != 1:
+            strengths = {"temperature": config.temperature, **strengths}
+        if strengths:
             settings["strengths"] = strengths
         if config.text.frozen and any(config.text.told(STAGES[name].network) for name in stages.values()):
             settings["prompt_encoder"] = kept_encoder(run)

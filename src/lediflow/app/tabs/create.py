@@ -20,6 +20,7 @@ _STRENGTHS = {
     "latent_guidance": "Guidance of the latent sampler",
     "autoguidance": "Autoguidance of the flow",
     "latent_autoguidance": "Autoguidance of the latent sampler",
+    "temperature": "Temperature of the source",
 }
 
 
