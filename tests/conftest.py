@@ -41,6 +41,7 @@ UPSAMPLING = (
 # the smallest digits run that still has every part: two levels, neighbourhood attention, a decoder of its own
 TINY = [
     "clusters.count=0",
+    "temperature=1",
     "training.sampler_meanflow.guidance=null",
     "auxiliary.widths=[16,16]",
     "auxiliary.d_head=8",
