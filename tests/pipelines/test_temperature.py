@@ -8,6 +8,7 @@ import torch
 from lediflow import ode
 from lediflow.errors import UserError
 from lediflow.pipelines.load import load_pipeline
+from lediflow.pipelines.recipes import Recipe
 from lediflow.training.config import load_run_config
 from lediflow.training.run_pipelines import write_pipelines
 
@@ -86,3 +87,12 @@ def test_edited_pictures_start_with_the_models_own(tiny_run):
     cold = pipeline.reconstruct(picture, output_type="pt")
     assert first.tobytes() == second.tobytes()
     torch.testing.assert_close(cold.prior_sample, cold.prior_mean, rtol=0, atol=1e-6)
+
+
+def test_a_recipe_of_before_is_made_at_1(pipe):
+    before = Recipe("sample", "model", "digest", {"seed": 5, "num_images": 1})
+    pipe.register_to_config(strengths={"temperature": 0.5})
+    again = before.make(pipe).images[0]
+    pipe.register_to_config(strengths=None)
+    assert again.tobytes() == pipe(1, seed=5, temperature=1).images[0].tobytes()
+    assert again.tobytes() != pipe(1, seed=5, temperature=0.5).images[0].tobytes()

@@ -93,7 +93,8 @@ class Recipe:
         settings = dict(self.settings)
         settings["dtype"] = DTYPES[settings.get("dtype") or "fp32"]
         if self.tool == "sample":
-            return pipeline(**settings)
+            # a recipe without one is of a time when there was no other
+            return pipeline(**{"temperature": 1.0, **settings})
         method = tool_of(pipeline, self.tool, self.model)
         if self.mask is not None:
             alpha = self.mask["path"] == "alpha"
