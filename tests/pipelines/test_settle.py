@@ -57,3 +57,11 @@ def test_mean_without_average_velocity_is_refused_by_network(models):
     with pytest.raises(UserError, match="--stage sampler-meanflow"):
         models["flow"].settle(latent_solver="mean")
     assert "latent_solver" not in models["baseline"].settle(latent_solver="mean")
+
+
+def test_a_strength_that_a_pipeline_does_not_have_is_refused_by_name(models):
+    with pytest.raises(UserError, match=r"FlowMatchingPipeline has no latent_guidance; it has .*temperature"):
+        models["baseline"].settle_strengths(latent_guidance=1.5)
+    with pytest.raises(UserError, match="LeDiFlowPipeline has no label"):
+        models["."].settle_strengths(label=3)
+    assert "latent_guidance" not in models["baseline"].settle_strengths(latent_guidance=None)

@@ -161,9 +161,11 @@ class ImagePipeline(PromptReader, CodecPipeline):
             asked: by name.
 
         Raises:
-            UserError: a strength that this model cannot have.
+            UserError: a strength that this model cannot have, or no strength at all.
         """
         known, best = self.strengths(), self.config.get("strengths") or {}
+        if strange := [name for name, value in asked.items() if value is not None and name not in known]:
+            raise UserError(f"{type(self).__name__} has no {strange[0]}; it has {', '.join(known)}")
         if labels is not None:
             best = {name: value for name, value in best.items() if known[name].guides_by(labels)}
         settled: dict[str, float] = {}

@@ -1,0 +1,405 @@
+"""Ideas for one evaluation that the library does not have, each beside the recipe, on the digits.
+
+    python benchmarks/ideas.py
+    python benchmarks/ideas.py --seeds 0 --only "noise on z" muon
+
+Quality is the Frechet distance in the features of a small classifier (lower is better) of images of one
+evaluation of each network, at the temperatures 1 and 0.8; three times as many images as are held out. An idea
+trains the stages that it touches, and shares the others with the recipe of the same seed. Those whose name
+begins with "distilled" end with `meanflow-distill`. Beside muon stands also after how many steps it is where
+AdamW ends, for the flow and for plain flow matching. What is trained already is only measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablations import Judge
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lediflow import UserError, flow, ode
+from lediflow.evaluation.tables import markdown_table
+from lediflow.networks.hourglass import patchify
+from lediflow.pipelines.load import load_pipeline
+from lediflow.training.builders import OBJECTIVES
+from lediflow.training.config import load_config
+from lediflow.training.couplings import COUPLINGS, LearnedPrior
+from lediflow.training.distillation import Distillation
+from lediflow.training.objectives import Elbo
+from lediflow.training.run import train
+
+RECIPE = [
+    "training.auxiliary.steps=300", "training.flow.steps=400", "training.weak_flow.steps=50",
+    "training.sampler.steps=400", "training.sampler_meanflow.steps=150", "training.meanflow.steps=150",
+    "training.meanflow.autoguidance=[1,2]", "training.baseline.steps=600",
+    "training.meanflow_distill.steps=200", "training.meanflow_distill.pairs=4096",
+    "training.meanflow_distill.teacher_steps=4", "training.meanflow_distill.learning_rate=6e-4",
+    "training.meanflow_distill.warmup_steps=20", "training.meanflow_distill.schedule=cosine",
+    "training.precision=fp32", "training.compile=model",
+]  # fmt: skip
+REFINED = ("meanflow", "sampler-meanflow")
+ALL = ("auxiliary", "clusters", "flow", "weak-flow", "sampler", *REFINED)
+TEMPERATURES = (1.0, 0.8)
+
+
+# Noise on z: flow and decoder see z as far off as the sampler's one evaluation may be
+
+
+Z_NOISE = 0.1  # of the deviation of z over the training set
+
+
+class NoisyPrior(LearnedPrior):
+    """z ~ q(z|y) and a little more."""
+
+    def draw_z(self, batch, noise):
+        """Return a z for each image of the batch, (B, c, h, w)."""
+        z = super().draw_z(batch, noise)
+        return z + Z_NOISE * self.auxiliary.z_std * noise.normal(self.auxiliary.z_shape, "more-z")
+
+
+class NoisyElbo(Elbo):
+    """The decoder reads z ~ q(z|y) and a little more; the KL term is that of q(z|y)."""
+
+    def loss(self, model, batch, noise):
+        """As `Elbo`, without its metrics."""
+        y, _ = self.coupling.targets(batch, noise)
+        posterior = model.encode(y)
+        z = posterior.at(noise.normal(self.network.z_shape, "z"))
+        scale = (posterior.mean.var(0).mean() + posterior.std.square().mean()).sqrt().detach()
+        prior = model.decode(z + Z_NOISE * scale * noise.normal(self.network.z_shape, "more-z"))
+        return prior.nll(y).mean() + self.settings.beta * posterior.kl().sum() / y.numel(), {}
+
+
+# Distillation: more points of the way, other losses at its end
+
+
+class AlongTheWay(Distillation):
+    """From each point of the teacher's way to its end (CMT, arXiv 2509.24526), not from its start alone."""
+
+    def _carry(self, batch, i):
+        points: list[Tensor] = []
+        integrate = ode.integrate
+
+        def watched(*arguments, **options):
+            solution = integrate(*arguments, **options, trajectory=True)
+            points.extend(solution.trajectory)
+            return solution
+
+        with swapped(vars(ode), "integrate", watched):
+            kept = super()._carry(batch, i)
+        return {**kept, "way": torch.stack(points[:-1], 1).half().contiguous()}
+
+    def load_pairs(self):
+        """Read the pairs, and the points of their ways apart."""
+        super().load_pairs()
+        self.way = self.conditions["way"]  # (N, steps, C, H, W)
+        self.conditions = self.conditions.only([name for name in self.conditions if name != "way"])
+
+    def loss(self, model, batch, noise):
+        """Mean squared error of point + (1 - t) u(point, t, 1) against the end."""
+        count, steps = self.way.shape[:2]
+        numbers = (noise.uniform("pair") * count).long().clamp_max(count - 1)
+        step = (noise.uniform("step") * steps).long().clamp_max(steps - 1)
+        conditions = self.conditions.rows(numbers)
+        point, end, t = self.way[numbers, step].float(), self.ends[numbers].float(), step / steps
+        u = model(point, t, self.given(conditions, noise), torch.ones_like(t))
+        return (point + flow.expand_t(1 - t, u) * u - end).square().mean(), {}
+
+
+class Ends(Distillation):
+    """A further loss of the images that the student makes, beside the squared error of their ends."""
+
+    weight = 1.0
+
+    def loss(self, model, batch, noise):
+        """Squared error against the teacher's end, and `beside`."""
+        seen: list[Tensor] = []
+
+        def watched(x: Tensor, *told: Any) -> Tensor:
+            u = model(x, *told)
+            seen.append(x + u)
+            return u
+
+        plain, _ = super().loss(watched, batch, noise)
+        numbers = (noise.uniform("pair") * len(self.ends)).long().clamp_max(len(self.ends) - 1)
+        beside = self.beside(seen[0], self.ends[numbers].float(), batch["image"])
+        return plain + self.weight * beside, {"plain": plain.detach(), "beside": beside.detach()}
+
+    def beside(self, made: Tensor, end: Tensor, images: Tensor) -> Tensor:
+        """A further loss of the images that were made."""
+        raise NotImplementedError
+
+
+class PerceptualEnds(Ends):
+    """The squared error in the last tokens of the run's own encoder too."""
+
+    weight = 0.1
+
+    def beside(self, made, end, images):
+        """Mean squared error of tokens that have a mean square of 1."""
+        encoder = self.context.network("auxiliary")
+        theirs, ours = (encoder.posterior_norm(encoder._encoded(y)) for y in (end, made))
+        return (ours - theirs).square().mean()
+
+
+class DriftingEnds(Ends):
+    """Drifting (arXiv 2602.04770) in the features of a masked autoencoder of the data, beside the ends."""
+
+    weight = 0.1
+
+    def prepare(self, folder, identity, accelerator):
+        """Train the features first."""
+        super().prepare(folder, identity, accelerator)
+        data = self.context.data
+        images = torch.cat(list(data.in_order(256)))
+        self.features = masked_autoencoder(images, patch=self.config.section("auxiliary").patch_size)
+
+    def beside(self, made, end, images):
+        """Squared distance of features to where they drift."""
+        ours, theirs = self.features(made), self.features(images)
+        return sum(drifting_loss(a, b) for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def drifting_loss(made: Tensor, real: Tensor, temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)) -> Tensor:
+    """Mean of (f - sg(f + V))^2: V draws each feature to real ones and away from others that were made.
+
+    Args:
+        made: features of generated images, (B, D).
+        real: of real ones, (N, D).
+        temperatures: of the kernel, in mean distances of the features.
+    """
+    with torch.no_grad():
+        scale = torch.cdist(made, real).mean()
+        f, g = made / scale, real / scale
+        away = torch.cdist(f, f) + 1e6 * torch.eye(len(f))
+        distances = torch.cat((torch.cdist(f, g), away), dim=1)
+        drift = torch.zeros_like(f)
+        for temperature in temperatures:
+            logits = -distances / temperature
+            weights = (logits.softmax(1) * logits.softmax(0)).sqrt()
+            to, fro = weights.split((len(g), len(f)), dim=1)
+            v = (to * fro.sum(1, keepdim=True)) @ g - (fro * to.sum(1, keepdim=True)) @ f
+            drift += v / v.square().sum(1).mean().sqrt().clamp_min(1e-8)
+        target = f + drift / len(temperatures)
+    return (made / scale - target).square().sum(1).mean()
+
+
+def masked_autoencoder(images: Tensor, *, patch: int, width: int = 128, steps: int = 800) -> Callable:
+    """Train a small masked autoencoder (arXiv 2111.06377); return images -> features, each (B, D)."""
+    torch.manual_seed(0)
+    tokens = patchify(images.movedim(1, -1), patch).flatten(1, 2)  # (N, T, patch^2 C)
+    count, size = tokens.shape[1:]
+
+    def blocks(depth: int) -> nn.Module:
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
+        )
+        return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+    parts = nn.ModuleDict(
+        {
+            "in": nn.Linear(size, width),
+            "encoder": blocks(3),
+            "decoder": blocks(1),
+            "out": nn.Linear(width, size),
+        }
+    )
+    parts.register_parameter("place", nn.Parameter(0.02 * torch.randn(count, width)))
+    parts.register_parameter("mask", nn.Parameter(0.02 * torch.randn(width)))
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps)
+    kept = count // 4
+    for _ in range(steps):
+        y = tokens[torch.randint(len(tokens), (128,))]
+        order = torch.rand(len(y), count).argsort(1)
+        seen = order[:, :kept, None].expand(-1, -1, width)
+        code = parts["encoder"]((parts["in"](y) + parts.place).gather(1, seen))
+        full = parts.mask.expand(len(y), count, -1).scatter(1, seen, code) + parts.place
+        errors = (parts["out"](parts["decoder"](full)) - y).square()
+        loss = errors.gather(1, order[:, kept:, None].expand(-1, -1, size)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    print(f"masked autoencoder: {loss.item():.3f} of {tokens.var().item():.3f}", file=sys.stderr)
+    parts.requires_grad_(False)
+
+    def features(y: Tensor) -> list[Tensor]:
+        x = parts["in"](patchify(y.movedim(1, -1), patch).flatten(1, 2)) + parts.place
+        found = []
+        for layer in parts["encoder"].layers:
+            x = layer(x)
+            found += [x.mean(1), x.std(1)]
+        side = int(count**0.5)
+        grid = x.unflatten(1, (side, side)).movedim(-1, 1)
+        return [*found, *F.adaptive_avg_pool2d(grid, 4).flatten(2).unbind(2)]
+
+    return features
+
+
+# Muon
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but matrices move along their orthogonalised momentum (torch.optim.Muon, in fp32)."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; updates have the size of AdamW's (0.2 root of the longer side), so its rates hold."""
+        matrices = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or p.ndim != 2 or min(p.shape) < 16:
+                    continue
+                momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                ahead = p.grad.lerp(momentum, 0.95)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonal(ahead), alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                matrices.append((p, p.grad))
+                p.grad = None
+        super().step(closure)
+        for p, gradient in matrices:
+            p.grad = gradient
+
+
+def orthogonal(g: Tensor) -> Tensor:
+    """Bring the singular values of g near 1, by five steps of Newton-Schulz."""
+    x = (g.T if g.shape[0] > g.shape[1] else g) / g.norm().clamp_min(1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+@dataclass(frozen=True)
+class Idea:
+    """What an idea changes.
+
+    Attributes:
+        stages: that it trains; the rest is the recipe's.
+        settings: of the config, beside the recipe's.
+        swaps: (table, name, what stands there instead).
+    """
+
+    stages: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    swaps: tuple[tuple[Any, str, Any], ...] = field(default=())
+
+
+def distilled(objective: type[Distillation]) -> Idea:
+    """A way to distil the average velocity."""
+    return Idea(("meanflow-distill",), (), ((OBJECTIVES, "distillation", objective),))
+
+
+AS_IT_IS = "as it is"
+IDEAS = {
+    AS_IT_IS: Idea((*ALL, "baseline")),
+    "beta 0.5": Idea(ALL, ("training.auxiliary.beta=0.5",)),
+    "beta 0.25": Idea(ALL, ("training.auxiliary.beta=0.25",)),
+    "noise on z, flow": Idea(
+        ("flow", "weak-flow", "meanflow"), (), ((COUPLINGS, "learned-prior", NoisyPrior),)
+    ),
+    "noise on z, flow and decoder": Idea(
+        ALL, (), ((COUPLINGS, "learned-prior", NoisyPrior), (OBJECTIVES, "elbo", NoisyElbo))
+    ),
+    "distilled": distilled(Distillation),
+    "distilled along the way": distilled(AlongTheWay),
+    "distilled, perceptual": distilled(PerceptualEnds),
+    "distilled, drifting": distilled(DriftingEnds),
+    "muon": Idea((*ALL, "baseline"), (), ((vars(torch.optim), "AdamW", Muon),)),
+}
+
+
+@contextmanager
+def swapped(table: Any, name: str, value: Any) -> Iterator[None]:
+    """Let something else stand in a table for a while."""
+    before = table[name]
+    table[name] = value
+    try:
+        yield
+    finally:
+        table[name] = before
+
+
+def train_idea(name: str, common: list[str], folder: Path) -> Path:
+    """Train the stages of an idea, beside copies of those that it shares with the recipe."""
+    idea, run = IDEAS[name], folder / name.replace(",", "").replace(" ", "-")
+    for stage in {*ALL, "baseline"} - set(idea.stages):
+        if not (run / stage).exists():
+            shutil.copytree(folder / AS_IT_IS.replace(" ", "-") / stage, run / stage)
+    with ExitStack() as stack:
+        for swap in idea.swaps:
+            stack.enter_context(swapped(*swap))
+        train(load_config("digits", [*common, *idea.settings]), run, stages=idea.stages, device="cpu")
+    return run
+
+
+def measure(run: Path, judge: Judge) -> list[float]:
+    """Frechet distance at each temperature, of images of one evaluation of each network."""
+    pipeline = load_pipeline(run)
+    pipeline.set_progress_bar_config(disable=True)
+    count = 3 * judge.count
+    made = (pipeline(count, temperature=t, batch_size=64, output_type="pt").images for t in TEMPERATURES)
+    return [judge.frechet(images) for images in made]
+
+
+def losses(run: Path, stage: str) -> Mapping[int, float]:
+    """The logged loss after each number of steps."""
+    lines = (run / stage / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return {line["step"]: line["loss"] for line in found if line.get("loss") is not None}
+
+
+def steps_to(run: Path, other: Path, stage: str) -> str:
+    """After how many steps the loss of `run` is, and stays, where that of `other` ends."""
+    ours, theirs = losses(run, stage), losses(other, stage)
+    goal = theirs[max(theirs)]
+    above = [step for step, loss in ours.items() if loss > goal]
+    later = [step for step in ours if step > max(above, default=0)]
+    return f"{stage}: {min(later) if later else 'never'} of {max(theirs)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=list(IDEAS), help="ideas; the recipe is always trained")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of training")
+    parser.add_argument("--output", type=Path, default=Path("runs/ideas"))
+    a = parser.parse_args()
+    quiet = ["training.preview_every=100000", "training.tracker=none"]
+    chosen = [name for name in IDEAS if name == AS_IT_IS or not a.only or name in a.only]
+    rows: dict[str, list[str]] = {name: [] for name in chosen}
+    try:
+        judge = Judge(load_config("digits", RECIPE), classifier_steps=400, device="cpu")
+        for seed in a.seeds:
+            folder, common = a.output / str(seed), [*RECIPE, *quiet, f"training.seed={seed}"]
+            for name in chosen:
+                run = train_idea(name, common, folder)
+                rows[name] += [f"{value:.2f}" for value in measure(run, judge)]
+                print(seed, name, rows[name], file=sys.stderr, flush=True)
+                if name == "muon":
+                    base = folder / AS_IT_IS.replace(" ", "-")
+                    print(
+                        seed, [steps_to(run, base, stage) for stage in ("flow", "baseline")], file=sys.stderr
+                    )
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    headers = [f"seed {seed}, temperature {t:g}" for seed in a.seeds for t in TEMPERATURES]
+    print(markdown_table(["idea", *headers], [[name, *found] for name, found in rows.items()]))
+    print(f"\nheld-out digits {judge.floor:.2f}")
+
+
+if __name__ == "__main__":
+    main()
