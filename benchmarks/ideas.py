@@ -47,8 +47,8 @@ RECIPE = [
     "training.meanflow_distill.warmup_steps=20", "training.meanflow_distill.schedule=cosine",
     "training.precision=fp32", "training.compile=model",
 ]  # fmt: skip
-REFINED = ("meanflow", "sampler-meanflow")
-ALL = ("auxiliary", "clusters", "flow", "weak-flow", "sampler", *REFINED)
+FLOWS = ("flow", "weak-flow", "meanflow")
+ALL = ("auxiliary", "clusters", *FLOWS, "sampler", "sampler-meanflow")
 TEMPERATURES = (1.0, 0.8)
 
 
@@ -305,19 +305,18 @@ def distilled(objective: type[Distillation]) -> Idea:
 AS_IT_IS = "as it is"
 IDEAS = {
     AS_IT_IS: Idea((*ALL, "baseline")),
-    "beta 0.5": Idea(ALL, ("training.auxiliary.beta=0.5",)),
-    "beta 0.25": Idea(ALL, ("training.auxiliary.beta=0.25",)),
-    "noise on z, flow": Idea(
-        ("flow", "weak-flow", "meanflow"), (), ((COUPLINGS, "learned-prior", NoisyPrior),)
-    ),
-    "noise on z, flow and decoder": Idea(
-        ALL, (), ((COUPLINGS, "learned-prior", NoisyPrior), (OBJECTIVES, "elbo", NoisyElbo))
-    ),
     "distilled": distilled(Distillation),
     "distilled along the way": distilled(AlongTheWay),
     "distilled, perceptual": distilled(PerceptualEnds),
     "distilled, drifting": distilled(DriftingEnds),
     "muon": Idea((*ALL, "baseline"), (), ((vars(torch.optim), "AdamW", Muon),)),
+    "flow told the clusters": Idea(FLOWS, ("clusters.networks=[sampler,flow]",)),
+    "noise on z, flow": Idea(FLOWS, (), ((COUPLINGS, "learned-prior", NoisyPrior),)),
+    "noise on z, flow and decoder": Idea(
+        ALL, (), ((COUPLINGS, "learned-prior", NoisyPrior), (OBJECTIVES, "elbo", NoisyElbo))
+    ),
+    "beta 0.5": Idea(ALL, ("training.auxiliary.beta=0.5",)),
+    "beta 0.25": Idea(ALL, ("training.auxiliary.beta=0.25",)),
 }
 
 
