@@ -297,15 +297,17 @@ class Idea:
     swaps: tuple[tuple[Any, str, Any], ...] = field(default=())
 
 
-def distilled(objective: type[Distillation]) -> Idea:
+def distilled(objective: type[Distillation], *settings: str) -> Idea:
     """A way to distil the average velocity."""
-    return Idea(("meanflow-distill",), (), ((OBJECTIVES, "distillation", objective),))
+    return Idea(("meanflow-distill",), settings, ((OBJECTIVES, "distillation", objective),))
 
 
 AS_IT_IS = "as it is"
 IDEAS = {
     AS_IT_IS: Idea((*ALL, "baseline")),
     "distilled": distilled(Distillation),
+    "distilled at temperature 1": distilled(Distillation, "temperature=1"),
+    "distilled, detail": distilled(Distillation, "training.meanflow_distill.detail=0.5"),
     "distilled along the way": distilled(AlongTheWay),
     "distilled, perceptual": distilled(PerceptualEnds),
     "distilled, drifting": distilled(DriftingEnds),

@@ -7,7 +7,7 @@ from conftest import CPU, batch_of, digits_data, random_network, stage_of, step_
 from lediflow import flow
 from lediflow.conditions import Conditions
 from lediflow.sources import BatchNoise, derive_seed, image_noise
-from lediflow.training.distillation import PAIRS_PER_FILE
+from lediflow.training.distillation import PAIRS_PER_FILE, frequency_weights
 
 CLASSES = "data.classes=10"
 
@@ -34,17 +34,19 @@ def by_midpoint(network, x, told, steps):
 
 
 def source_of(stage, told, numbers):
-    """x = mu + sigma * noise, with the noise of each pair's number."""
+    """x = mu + temperature * sigma * noise, with the noise of each pair's number."""
     seed = derive_seed(0, stage.name)
     noise = image_noise((1, 16, 16), seed=seed, indices=numbers, stream="x")
     prior = stage.coupling.auxiliary.decode(told["z"])
-    return prior.mean + (prior.log_var / 2).exp() * noise
+    return prior.mean + stage.config.temperature * (prior.log_var / 2).exp() * noise
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("steps", "temperature"), [(1, 1.0), (4, 1.0), (4, 0.5)])
 @torch.no_grad()
-def test_pairs_are_where_the_trained_flow_carries_samples_of_the_prior(steps, digits, tmp_path):
+def test_pairs_are_where_the_trained_flow_carries_samples_of_the_prior(steps, temperature, digits, tmp_path):
+    """At the temperature that the run's images are made at."""
     settings = (f"training.distill.teacher_steps={steps}", "training.distill.pairs=300", CLASSES)
+    settings = (*settings, f"temperature={temperature}")
     stage = distill(digits, tmp_path, *settings)
     assert len(stage.ends) == 512, "300 pairs fill two files"
     numbers = [0, 7, 255, 256, 511]
@@ -92,6 +94,34 @@ def test_the_student_is_asked_to_end_where_the_flow_ends(digits, tmp_path):
     # the images are not looked at
     other = {**batch, "image": -batch["image"]}
     assert torch.equal(stage.loss(stage.network, other, step_noise())[0], loss)
+
+
+# Errors of fine detail
+
+
+def test_an_error_counts_more_where_images_have_less_power():
+    """Waves of amplitude 3 along one axis and 1 along the other: power 9 to 1."""
+    wave = 2 * torch.pi * torch.arange(16) / 16
+    coarse, fine = torch.cos(wave)[:, None].expand(16, 16), torch.cos(5 * wave).expand(16, 16)
+    images = (3 * coarse + fine).expand(4, 2, 16, 16)
+    assert torch.equal(frequency_weights(images, 0.0), torch.ones(16, 16))
+    for power in (0.5, 1.0):
+        weights = frequency_weights(images, power)
+        torch.testing.assert_close(weights[0, 5] / weights[1, 0], torch.tensor(9.0**power))
+        torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+        assert weights.isfinite().all(), "where images have no power at all too"
+
+
+def test_detail_weighs_the_loss_by_frequency(digits, tmp_path):
+    """A student whose error is one wave, counted as that frequency is."""
+    stage = distill(digits, tmp_path, "training.distill.pairs=300", "training.distill.detail=0.5")
+    numbers = (step_noise().uniform("pair") * 512).long().tolist()
+    end = stage.ends[numbers].float()
+    wave = torch.cos(2 * torch.pi * 7 * torch.arange(16) / 16).expand(8, 1, 16, 16)
+    loss, _ = stage.loss(lambda x, *_: end + wave - x, batch_of(digits), step_noise())
+    weight = frequency_weights(stage.ends.float(), 0.5)[0, 7]
+    assert abs(weight - 1) > 0.2
+    torch.testing.assert_close(loss, 0.5 * weight, msg="a wave has a mean square of one half")
 
 
 def test_a_student_that_ends_where_the_flow_ends_has_no_loss(digits, tmp_path):

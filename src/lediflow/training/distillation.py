@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lediflow import flow, ode
+from lediflow import ode
 from lediflow.conditions import Conditions
 from lediflow.data.batches import MapData, batches
 from lediflow.files import clear_files, explained, written_whole
@@ -25,6 +25,7 @@ from lediflow.training.objectives import Objective
 from lediflow.training.teacher import Teacher
 
 PAIRS_PER_FILE = 256
+SPECTRUM_OF = 1024  # ends
 END = "end"  # in a file of pairs; the rest are conditions
 
 
@@ -45,6 +46,7 @@ class Distillation(Objective):
             "pairs": self.settings.pairs,
             "steps": self.settings.teacher_steps,
             "seed": self.config.training.seed,
+            "temperature": self.config.temperature,
             **self.config.strengths(self.spec),
         }
         rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -59,8 +61,7 @@ class Distillation(Objective):
         """Make one file's pairs and keep them in memory."""
         _, batch = next(self._batches([0]))
         pairs = self._carry(batch, 0)
-        self.ends = pairs.pop(END)
-        self.conditions = Conditions(**pairs)
+        self._use(pairs.pop(END), Conditions(**pairs))
 
     def make_pairs(self, folder: Path, identity: str, *, rank: int = 0, world_size: int = 1) -> None:
         """Let the teacher carry x to its end, for as many pairs as the config says.
@@ -91,8 +92,12 @@ class Distillation(Objective):
         """Read the pairs of all files; half precision keeps them small."""
         files = [safe_open(file, "pt") for file in self.files]
         kept = {name: torch.cat([file.get_tensor(name) for file in files]) for name in files[0].keys()}  # noqa: SIM118
-        self.ends = kept.pop(END)
-        self.conditions = Conditions(**kept)
+        self._use(kept.pop(END), Conditions(**kept))
+
+    def _use(self, ends: Tensor, conditions: Conditions) -> None:
+        self.ends, self.conditions = ends, conditions
+        some = ends[:SPECTRUM_OF].to(self.context.device, torch.float32)
+        self.weights = frequency_weights(some, self.settings.detail)
 
     def _batches(self, wanted: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the batches of some files, by number, ascending."""
@@ -132,7 +137,11 @@ class Distillation(Objective):
 
     @torch.no_grad()
     def _x(self, conditions: Conditions, numbers: Sequence[int]) -> Tensor:
-        """The source samples of the pairs `numbers`, the same whenever and wherever they are drawn."""
+        """Return x = mu + temperature * sigma * noise of the pairs `numbers`, the same whenever they are drawn.
+
+        The temperature is the run's own, which images are made at: the less noise the student has to take
+        away in its one evaluation, the less grain is left.
+        """
         noise = image_noise(
             self.coupling.shape,
             seed=self._seed,
@@ -140,17 +149,36 @@ class Distillation(Objective):
             stream=self.coupling.stream,
             device=self.context.device,
         )
-        return self.coupling.source(conditions, noise)[0]
+        return self.coupling.source(conditions, self.config.temperature * noise)[0]
 
     def loss(self, model, batch, noise):
-        """Mean squared error of x + u(x, 0, 1) against the teacher's end; the images are not looked at."""
+        """Mean squared error of x + u(x, 0, 1) against the teacher's end, weighted by frequency.
+
+        The images are not looked at.
+        """
         count = len(self.ends)
         numbers = (noise.uniform("pair") * count).long().clamp_max(count - 1).tolist()
         conditions = self.conditions.rows(numbers).to(self.context.device)
         x, end = self._x(conditions, numbers), self.ends[numbers].to(self.context.device, torch.float32)
         t = torch.zeros(len(numbers), device=self.context.device)
         u = model(x, t, self.given(conditions, noise), torch.ones_like(t))
-        return flow.matching_loss(u, x, end), {}
+        error = torch.fft.fft2((x + u - end).float(), norm="ortho")
+        return (self.weights * torch.view_as_real(error).square().sum(-1)).mean(), {}
+
+
+def frequency_weights(ends: Tensor, power: float) -> Tensor:
+    """Return what an error at each frequency counts: (the power of `ends` there)^-power, of mean 1, (H, W).
+
+    At 0 all count 1, so that the loss is the squared error. Images have little power in their fine detail, and
+    so has its error; a larger power makes up for it.
+
+    Args:
+        ends: images, (N, C, H, W).
+        power: 0 to 1.
+    """
+    spectrum = torch.view_as_real(torch.fft.fft2(ends)).square().sum(-1).mean((0, 1))
+    weights = spectrum.clamp_min(1e-6 * spectrum.mean()) ** -power
+    return weights / weights.mean()
 
 
 def _is_there(file: Path, identity: str) -> bool:

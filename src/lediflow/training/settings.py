@@ -349,6 +349,13 @@ class EndsStageConfig(StageConfig):
 
     pairs: Positive = Field(16_000, description="start and end points that the trained network makes, once")
     teacher_steps: Positive = Field(4, description="steps in which it makes them")
+    detail: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="0 is the squared error; towards 1 an error counts more at frequencies that images have "
+        "little of: fine detail",
+    )
 
 
 class DistillStageConfig(EndsStageConfig, RefiningStageConfig):
