@@ -137,7 +137,7 @@ class Distillation(Objective):
 
     @torch.no_grad()
     def _x(self, conditions: Conditions, numbers: Sequence[int]) -> Tensor:
-        """Return x = mu + temperature * sigma * noise of the pairs `numbers`, the same whenever they are drawn.
+        """Return x = mu + temperature * sigma * noise of the pairs `numbers`, always the same.
 
         The temperature is the run's own, which images are made at: the less noise the student has to take
         away in its one evaluation, the less grain is left.
@@ -166,18 +166,18 @@ class Distillation(Objective):
         return (self.weights * torch.view_as_real(error).square().sum(-1)).mean(), {}
 
 
-def frequency_weights(ends: Tensor, power: float) -> Tensor:
-    """Return what an error at each frequency counts: (the power of `ends` there)^-power, of mean 1, (H, W).
+def frequency_weights(ends: Tensor, exponent: float) -> Tensor:
+    """Return what an error at each frequency counts, (H, W): (power of `ends` there)^-exponent, of mean 1.
 
-    At 0 all count 1, so that the loss is the squared error. Images have little power in their fine detail, and
-    so has its error; a larger power makes up for it.
+    At 0 all count 1, so that the loss is the squared error. Images have little power in their fine detail,
+    and so has its error; a larger exponent makes up for it.
 
     Args:
         ends: images, (N, C, H, W).
-        power: 0 to 1.
+        exponent: 0 to 1.
     """
     spectrum = torch.view_as_real(torch.fft.fft2(ends)).square().sum(-1).mean((0, 1))
-    weights = spectrum.clamp_min(1e-6 * spectrum.mean()) ** -power
+    weights = spectrum.clamp_min(1e-6 * spectrum.mean()) ** -exponent
     return weights / weights.mean()
 
 
