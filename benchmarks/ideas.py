@@ -317,6 +317,7 @@ IDEAS = {
     "noise on z, flow and decoder": Idea(
         ALL, (), ((COUPLINGS, "learned-prior", NoisyPrior), (OBJECTIVES, "elbo", NoisyElbo))
     ),
+    "beta 2": Idea(ALL, ("training.auxiliary.beta=2",)),
     "beta 0.5": Idea(ALL, ("training.auxiliary.beta=0.5",)),
     "beta 0.25": Idea(ALL, ("training.auxiliary.beta=0.25",)),
 }
