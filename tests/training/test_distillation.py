@@ -105,9 +105,9 @@ def test_an_error_counts_more_where_images_have_less_power():
     coarse, fine = torch.cos(wave)[:, None].expand(16, 16), torch.cos(5 * wave).expand(16, 16)
     images = (3 * coarse + fine).expand(4, 2, 16, 16)
     assert torch.equal(frequency_weights(images, 0.0), torch.ones(16, 16))
-    for power in (0.5, 1.0):
-        weights = frequency_weights(images, power)
-        torch.testing.assert_close(weights[0, 5] / weights[1, 0], torch.tensor(9.0**power))
+    for exponent in (0.5, 1.0):
+        weights = frequency_weights(images, exponent)
+        torch.testing.assert_close(weights[0, 5] / weights[1, 0], torch.tensor(9.0**exponent))
         torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
         assert weights.isfinite().all(), "where images have no power at all too"
 

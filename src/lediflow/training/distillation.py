@@ -25,7 +25,7 @@ from lediflow.training.objectives import Objective
 from lediflow.training.teacher import Teacher
 
 PAIRS_PER_FILE = 256
-SPECTRUM_OF = 1024  # ends
+SPECTRUM_OF = 1024  # ends, whose mean spectrum weighs the errors
 END = "end"  # in a file of pairs; the rest are conditions
 
 
@@ -162,8 +162,12 @@ class Distillation(Objective):
         x, end = self._x(conditions, numbers), self.ends[numbers].to(self.context.device, torch.float32)
         t = torch.zeros(len(numbers), device=self.context.device)
         u = model(x, t, self.given(conditions, noise), torch.ones_like(t))
-        error = torch.fft.fft2((x + u - end).float(), norm="ortho")
-        return (self.weights * torch.view_as_real(error).square().sum(-1)).mean(), {}
+        return (self.weights * power(x + u - end)).mean(), {}
+
+
+def power(images: Tensor) -> Tensor:
+    """Return the power of images (..., H, W) at each frequency, whose mean is their mean square."""
+    return torch.view_as_real(torch.fft.fft2(images, norm="ortho")).square().sum(-1)
 
 
 def frequency_weights(ends: Tensor, exponent: float) -> Tensor:
@@ -176,7 +180,7 @@ def frequency_weights(ends: Tensor, exponent: float) -> Tensor:
         ends: images, (N, C, H, W).
         exponent: 0 to 1.
     """
-    spectrum = torch.view_as_real(torch.fft.fft2(ends)).square().sum(-1).mean((0, 1))
+    spectrum = power(ends).mean((0, 1))
     weights = spectrum.clamp_min(1e-6 * spectrum.mean()) ** -exponent
     return weights / weights.mean()
 
