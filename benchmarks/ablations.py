@@ -27,7 +27,7 @@ from lediflow.evaluation.request import Settings
 from lediflow.evaluation.tables import markdown_table
 from lediflow.files import default_cache
 from lediflow.metrics.features import CLASSIFIER
-from lediflow.metrics.frechet import frechet_distance
+from lediflow.metrics.scores import distances
 from lediflow.networks.velocity import IntervalFeatures
 from lediflow.pictures import to_float
 from lediflow.pipelines.load import load_pipeline
@@ -97,17 +97,17 @@ def train_variant(name: str, settings: list[str], stages: tuple[str, ...], commo
 
 
 class Judge:
-    """The quality of images beside those of one dataset, in the features of a classifier trained on it.
+    """The quality of images beside those of one dataset, by the headline metric of one feature network.
 
     A distance is the mean of those of as many images as there are held-out ones, so that the floor compares.
     """
 
-    def __init__(self, config, *, classifier_steps, device):
+    def __init__(self, config, *, classifier_steps=400, features=CLASSIFIER, device):
         data = config.data
         settings = Settings(
             data=data.train,
             validation=data.validation,
-            features=(CLASSIFIER,),
+            features=(features,),
             reference_images=10**9,
             num_images=10**9,
             bootstrap=0,
@@ -118,14 +118,16 @@ class Judge:
         if side.held_out is None:
             raise UserError("the ablations need held-out images: give --validation")
         self.train, self.count = side.reference, len(side.held_out)
-        self.floor = side.floor[f"{CLASSIFIER}/frechet"]["value"]
-        self._network, self._moments = side.networks[0], side.features[CLASSIFIER].moments
+        self._network = side.networks[0]
+        self.metric, self._real = self._network.headline, side.features[self._network.name]
+        self.floor = side.floor[f"{self._network.name}/{self.metric}"]["value"]
 
-    def frechet(self, images: torch.Tensor) -> float:
-        """Frechet distance of images (N, C, H, W) in [-1, 1], N a multiple of `count`."""
+    def distance(self, images: torch.Tensor) -> float:
+        """Distance of images (N, C, H, W) in [-1, 1], N a multiple of `count`."""
         features = torch.cat([self._network(batch) for batch in images.split(512)])
         groups = features.split(self.count)
-        return sum(frechet_distance(group, self._moments) for group in groups) / len(groups)
+        found = [distances(self._network, g, self._real, replicates=0, seed=0)[self.metric] for g in groups]
+        return sum(estimate.value for estimate in found) / len(groups)
 
 
 @torch.no_grad()
@@ -167,7 +169,7 @@ def measure(run: Path, judge: Judge, group: str, dtype: torch.dtype | None) -> l
             encoded(ours, judge, 2, "mean", count),
             *(mean_baseline(count, steps=n, **options).images for n in (1, 2)),
         ]
-    return [f"{judge.frechet(images):.2f}" for images in results]
+    return [f"{judge.distance(images):.2f}" for images in results]
 
 
 HEADERS = {

@@ -1,13 +1,16 @@
-"""Ideas for one evaluation that the library does not have, each beside the recipe, on the digits.
+"""Ideas for one evaluation that the library does not have, each beside a recipe, on the digits or on faces.
 
     python benchmarks/ideas.py
-    python benchmarks/ideas.py --seeds 0 --only "noise on z" muon
+    python benchmarks/ideas.py --seeds 0 --only "noise on z, flow" muon
+    python benchmarks/ideas.py faces-32 --data faces-train.parquet --validation faces-validation.parquet \
+        --features mobilenet-v1-imagenet
 
-Quality is the Frechet distance in the features of a small classifier (lower is better) of images of one
-evaluation of each network, at the temperatures 1 and 0.8; three times as many images as are held out. An idea
-trains the stages that it touches, and shares the others with the recipe of the same seed. Those whose name
-begins with "distilled" end with `meanflow-distill`. Beside muon stands also after how many steps it is where
-AdamW ends, for the flow and for plain flow matching. What is trained already is only measured again.
+Quality (lower is better) is that of images of one evaluation of each network, at the temperatures 1 and 0.8:
+the Frechet distance in the features of a small classifier, of three times as many digits as are held out, or
+the MMD in those of --features, of as many images as are held out. An idea trains the stages that it touches,
+and shares the others with the recipe of the same seed. Those whose name begins with "distilled" end with
+`meanflow-distill`. Beside muon stands also after how many steps it is where AdamW ends, for the flow and for
+plain flow matching. What is trained already is only measured again.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +27,12 @@ from typing import Any
 
 import torch
 from ablations import Judge
-from torch import Tensor, nn
-from torch.nn import functional as F
+from drifting import drifting_loss, masked_autoencoder
+from torch import Tensor
 
 from lediflow import UserError, flow, ode
 from lediflow.evaluation.tables import markdown_table
-from lediflow.networks.hourglass import patchify
+from lediflow.metrics.features import CLASSIFIER
 from lediflow.pipelines.load import load_pipeline
 from lediflow.training.builders import OBJECTIVES
 from lediflow.training.config import load_config
@@ -38,15 +41,27 @@ from lediflow.training.distillation import Distillation
 from lediflow.training.objectives import Elbo
 from lediflow.training.run import train
 
-RECIPE = [
-    "training.auxiliary.steps=300", "training.flow.steps=400", "training.weak_flow.steps=50",
-    "training.sampler.steps=400", "training.sampler_meanflow.steps=150", "training.meanflow.steps=150",
-    "training.meanflow.autoguidance=[1,2]", "training.baseline.steps=600",
-    "training.meanflow_distill.steps=200", "training.meanflow_distill.pairs=4096",
-    "training.meanflow_distill.teacher_steps=4", "training.meanflow_distill.learning_rate=6e-4",
-    "training.meanflow_distill.warmup_steps=20", "training.meanflow_distill.schedule=cosine",
-    "training.precision=fp32", "training.compile=model",
-]  # fmt: skip
+COMMON = (
+    "training.precision=fp32",
+    "training.compile=model",
+    "training.preview_every=100000",
+    "training.tracker=none",
+)
+DISTILL = "training.meanflow_distill"
+RECIPES = {
+    "digits": [
+        "training.auxiliary.steps=300", "training.flow.steps=400", "training.weak_flow.steps=50",
+        "training.sampler.steps=400", "training.sampler_meanflow.steps=150", "training.meanflow.steps=150",
+        "training.meanflow.autoguidance=[1,2]", "training.baseline.steps=600",
+        f"{DISTILL}.steps=200", f"{DISTILL}.pairs=4096", f"{DISTILL}.teacher_steps=4",
+        f"{DISTILL}.learning_rate=6e-4", f"{DISTILL}.warmup_steps=20", f"{DISTILL}.schedule=cosine",
+    ],
+    "faces-32": [
+        "training.auxiliary.steps=450", "training.flow.steps=600", "training.weak_flow.steps=60",
+        "training.sampler.steps=600", "training.sampler_meanflow.steps=200", "training.meanflow.steps=250",
+        "training.baseline.steps=400", f"{DISTILL}.steps=200", f"{DISTILL}.pairs=4096",
+    ],
+}  # fmt: skip
 FLOWS = ("flow", "weak-flow", "meanflow")
 ALL = ("auxiliary", "clusters", *FLOWS, "sampler", "sampler-meanflow")
 TEMPERATURES = (1.0, 0.8)
@@ -170,83 +185,6 @@ class DriftingEnds(Ends):
         return sum(drifting_loss(a, b) for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
-def drifting_loss(made: Tensor, real: Tensor, temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)) -> Tensor:
-    """Mean of (f - sg(f + V))^2: V draws each feature to real ones and away from others that were made.
-
-    Args:
-        made: features of generated images, (B, D).
-        real: of real ones, (N, D).
-        temperatures: of the kernel, in mean distances of the features.
-    """
-    with torch.no_grad():
-        scale = torch.cdist(made, real).mean()
-        f, g = made / scale, real / scale
-        away = torch.cdist(f, f) + 1e6 * torch.eye(len(f))
-        distances = torch.cat((torch.cdist(f, g), away), dim=1)
-        drift = torch.zeros_like(f)
-        for temperature in temperatures:
-            logits = -distances / temperature
-            weights = (logits.softmax(1) * logits.softmax(0)).sqrt()
-            to, fro = weights.split((len(g), len(f)), dim=1)
-            v = (to * fro.sum(1, keepdim=True)) @ g - (fro * to.sum(1, keepdim=True)) @ f
-            drift += v / v.square().sum(1).mean().sqrt().clamp_min(1e-8)
-        target = f + drift / len(temperatures)
-    return (made / scale - target).square().sum(1).mean()
-
-
-def masked_autoencoder(images: Tensor, *, patch: int, width: int = 128, steps: int = 800) -> Callable:
-    """Train a small masked autoencoder (arXiv 2111.06377); return images -> features, each (B, D)."""
-    torch.manual_seed(0)
-    tokens = patchify(images.movedim(1, -1), patch).flatten(1, 2)  # (N, T, patch^2 C)
-    count, size = tokens.shape[1:]
-
-    def blocks(depth: int) -> nn.Module:
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
-        )
-        return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-
-    parts = nn.ModuleDict(
-        {
-            "in": nn.Linear(size, width),
-            "encoder": blocks(3),
-            "decoder": blocks(1),
-            "out": nn.Linear(width, size),
-        }
-    )
-    parts.register_parameter("place", nn.Parameter(0.02 * torch.randn(count, width)))
-    parts.register_parameter("mask", nn.Parameter(0.02 * torch.randn(width)))
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps)
-    kept = count // 4
-    for _ in range(steps):
-        y = tokens[torch.randint(len(tokens), (128,))]
-        order = torch.rand(len(y), count).argsort(1)
-        seen = order[:, :kept, None].expand(-1, -1, width)
-        code = parts["encoder"]((parts["in"](y) + parts.place).gather(1, seen))
-        full = parts.mask.expand(len(y), count, -1).scatter(1, seen, code) + parts.place
-        errors = (parts["out"](parts["decoder"](full)) - y).square()
-        loss = errors.gather(1, order[:, kept:, None].expand(-1, -1, size)).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    print(f"masked autoencoder: {loss.item():.3f} of {tokens.var().item():.3f}", file=sys.stderr)
-    parts.requires_grad_(False)
-
-    def features(y: Tensor) -> list[Tensor]:
-        x = parts["in"](patchify(y.movedim(1, -1), patch).flatten(1, 2)) + parts.place
-        found = []
-        for layer in parts["encoder"].layers:
-            x = layer(x)
-            found += [x.mean(1), x.std(1)]
-        side = int(count**0.5)
-        grid = x.unflatten(1, (side, side)).movedim(-1, 1)
-        return [*found, *F.adaptive_avg_pool2d(grid, 4).flatten(2).unbind(2)]
-
-    return features
-
-
 # Muon
 
 
@@ -334,7 +272,7 @@ def swapped(table: Any, name: str, value: Any) -> Iterator[None]:
         table[name] = before
 
 
-def train_idea(name: str, common: list[str], folder: Path) -> Path:
+def train_idea(name: str, preset: str, common: list[str], folder: Path) -> Path:
     """Train the stages of an idea, beside copies of those that it shares with the recipe."""
     idea, run = IDEAS[name], folder / name.replace(",", "").replace(" ", "-")
     for stage in {*ALL, "baseline"} - set(idea.stages):
@@ -343,17 +281,16 @@ def train_idea(name: str, common: list[str], folder: Path) -> Path:
     with ExitStack() as stack:
         for swap in idea.swaps:
             stack.enter_context(swapped(*swap))
-        train(load_config("digits", [*common, *idea.settings]), run, stages=idea.stages, device="cpu")
+        train(load_config(preset, [*common, *idea.settings]), run, stages=idea.stages, device="cpu")
     return run
 
 
-def measure(run: Path, judge: Judge) -> list[float]:
-    """Frechet distance at each temperature, of images of one evaluation of each network."""
+def measure(run: Path, judge: Judge, count: int) -> list[float]:
+    """Distance at each temperature, of images of one evaluation of each network."""
     pipeline = load_pipeline(run)
     pipeline.set_progress_bar_config(disable=True)
-    count = 3 * judge.count
     made = (pipeline(count, temperature=t, batch_size=64, output_type="pt").images for t in TEMPERATURES)
-    return [judge.frechet(images) for images in made]
+    return [judge.distance(images) for images in made]
 
 
 def losses(run: Path, stage: str) -> Mapping[int, float]:
@@ -376,31 +313,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("preset", nargs="?", choices=list(RECIPES), default="digits")
+    parser.add_argument("--data", help="images to train on; default: the preset's")
+    parser.add_argument("--validation", help="held-out images; default: the data's own split")
+    parser.add_argument("--features", default=CLASSIFIER, help="feature network, as for lediflow evaluate")
     parser.add_argument("--only", nargs="+", choices=list(IDEAS), help="ideas; the recipe is always trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of training")
     parser.add_argument("--output", type=Path, default=Path("runs/ideas"))
     a = parser.parse_args()
-    quiet = ["training.preview_every=100000", "training.tracker=none"]
+    common = [*RECIPES[a.preset], *COMMON]
+    common += [f"data.{k}={v!r}" for k, v in (("train", a.data), ("validation", a.validation)) if v]
     chosen = [name for name in IDEAS if name == AS_IT_IS or not a.only or name in a.only]
-    rows: dict[str, list[str]] = {name: [] for name in chosen}
     try:
-        judge = Judge(load_config("digits", RECIPE), classifier_steps=400, device="cpu")
-        for seed in a.seeds:
-            folder, common = a.output / str(seed), [*RECIPE, *quiet, f"training.seed={seed}"]
-            for name in chosen:
-                run = train_idea(name, common, folder)
-                rows[name] += [f"{value:.2f}" for value in measure(run, judge)]
-                print(seed, name, rows[name], file=sys.stderr, flush=True)
-                if name == "muon":
-                    base = folder / AS_IT_IS.replace(" ", "-")
-                    print(
-                        seed, [steps_to(run, base, stage) for stage in ("flow", "baseline")], file=sys.stderr
-                    )
+        judge = Judge(load_config(a.preset, common), features=a.features, device="cpu")
+        rows = compare(chosen, judge, common, a)
     except UserError as error:
         sys.exit(f"error: {error}")
     headers = [f"seed {seed}, temperature {t:g}" for seed in a.seeds for t in TEMPERATURES]
     print(markdown_table(["idea", *headers], [[name, *found] for name, found in rows.items()]))
-    print(f"\nheld-out digits {judge.floor:.2f}")
+    print(f"\nheld-out images {judge.floor:.3g}")
+
+
+def compare(
+    chosen: list[str], judge: Judge, common: list[str], a: argparse.Namespace
+) -> dict[str, list[str]]:
+    """Train and measure each idea with each seed; return its distances, by name."""
+    rows: dict[str, list[str]] = {name: [] for name in chosen}
+    count = judge.count * (3 if a.features == CLASSIFIER else 1)
+    for seed in a.seeds:
+        folder = a.output / a.preset / str(seed)
+        for name in chosen:
+            run = train_idea(name, a.preset, [*common, f"training.seed={seed}"], folder)
+            rows[name] += [f"{value:.2f}" for value in measure(run, judge, count)]
+            print(seed, name, rows[name], file=sys.stderr, flush=True)
+            if name == "muon":
+                base = folder / AS_IT_IS.replace(" ", "-")
+                print(seed, [steps_to(run, base, s) for s in ("flow", "baseline")], file=sys.stderr)
+    return rows
 
 
 if __name__ == "__main__":
