@@ -8,7 +8,7 @@ For autoguidance (arXiv 2406.02507). RUN has a trained `flow` (with its latent s
 worse network sees a share of that stage's steps:
 
     short     a training of its own, whose learning rate ends at 0, as weak-flow and weak-baseline have it
-    early     the average of the stage's own weights that early, at the stage's own learning rate
+    early     at the stage's own learning rate to its last step: what the average of its weights is that early
     small     short, with half the width
 
 and guides the same network, at each strength. Lower is better: the headline metric of the features (MMD, or
