@@ -57,9 +57,9 @@ RECIPES = {
         f"{DISTILL}.learning_rate=6e-4", f"{DISTILL}.warmup_steps=20", f"{DISTILL}.schedule=cosine",
     ],
     "faces-32": [
-        "training.auxiliary.steps=450", "training.flow.steps=600", "training.weak_flow.steps=60",
-        "training.sampler.steps=600", "training.sampler_meanflow.steps=200", "training.meanflow.steps=250",
-        "training.baseline.steps=400", f"{DISTILL}.steps=200", f"{DISTILL}.pairs=4096",
+        "training.auxiliary.steps=300", "training.flow.steps=400", "training.weak_flow.steps=50",
+        "training.sampler.steps=400", "training.sampler_meanflow.steps=150", "training.meanflow.steps=150",
+        "training.baseline.steps=400", f"{DISTILL}.steps=150", f"{DISTILL}.pairs=4096",
     ],
 }  # fmt: skip
 FLOWS = ("flow", "weak-flow", "meanflow")
@@ -272,16 +272,17 @@ def swapped(table: Any, name: str, value: Any) -> Iterator[None]:
         table[name] = before
 
 
-def train_idea(name: str, preset: str, common: list[str], folder: Path) -> Path:
+def train_idea(name: str, preset: str, common: list[str], folder: Path, *, baseline: bool) -> Path:
     """Train the stages of an idea, beside copies of those that it shares with the recipe."""
     idea, run = IDEAS[name], folder / name.replace(",", "").replace(" ", "-")
-    for stage in {*ALL, "baseline"} - set(idea.stages):
+    stages = [stage for stage in idea.stages if baseline or stage != "baseline"]
+    for stage in set(ALL) - set(stages):
         if not (run / stage).exists():
             shutil.copytree(folder / AS_IT_IS.replace(" ", "-") / stage, run / stage)
     with ExitStack() as stack:
         for swap in idea.swaps:
             stack.enter_context(swapped(*swap))
-        train(load_config(preset, [*common, *idea.settings]), run, stages=idea.stages, device="cpu")
+        train(load_config(preset, [*common, *idea.settings]), run, stages=stages, device="cpu")
     return run
 
 
@@ -343,7 +344,8 @@ def compare(
     for seed in a.seeds:
         folder = a.output / a.preset / str(seed)
         for name in chosen:
-            run = train_idea(name, a.preset, [*common, f"training.seed={seed}"], folder)
+            settings = [*common, f"training.seed={seed}"]
+            run = train_idea(name, a.preset, settings, folder, baseline="muon" in chosen)
             rows[name] += [f"{value:.2f}" for value in measure(run, judge, count)]
             print(seed, name, rows[name], file=sys.stderr, flush=True)
             if name == "muon":

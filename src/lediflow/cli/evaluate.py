@@ -75,8 +75,9 @@ def evaluate(
     features: Annotated[
         list[str] | None,
         typer.Option(
-            help="Feature network: folder or Hub id (id@revision) of a transformers vision model, "
-            "'inception' (FID, KID) or 'classifier' (a small one trained on the labels of --data). "
+            help="Feature network, or several with commas: folder or Hub id (id@revision) of a transformers "
+            "vision model, 'inception' (FID, KID) or 'classifier' (a small one trained on the labels of "
+            "--data). "
             "Default: CLIP ViT-L/14-336 (CMMD), or the classifier where that is not available.",
             show_default=False,
         ),

@@ -17,6 +17,7 @@ from lediflow.training.builders import OBJECTIVES, build_network, build_stage
 from lediflow.training.clusters import settle_clusters
 from lediflow.training.config import Config, check_sections
 from lediflow.training.couplings import Context, Posteriors
+from lediflow.training.early import check_early, is_early
 from lediflow.training.inputs import describe, open_data
 from lediflow.training.meter import memory_gb
 from lediflow.training.objectives import Objective
@@ -71,6 +72,7 @@ def rehearse(
     """
     check_sections(config, config.chosen(stages))
     check_strengths(config, config.chosen(stages))
+    check_early(config, config.chosen(stages))
     accelerator = make_accelerator(config.training, device)
     data, where = open_data(config), check_device(device)
     busy = load_words()
@@ -82,6 +84,8 @@ def rehearse(
     for spec in config.chosen(stages):
         if not OBJECTIVES[spec.objective].by_gradients:
             continue  # it takes seconds
+        if is_early(spec, config):
+            continue  # it comes along
         if "auxiliary" in config.uses(spec) and "posteriors" not in context.__dict__:
             # a whole set need not be encoded to time a step
             context.posteriors = Posteriors(context.network("auxiliary"), data, where, keep=False)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from lediflow.training.card import write_card
 from lediflow.training.clusters import settle_clusters
 from lediflow.training.config import Config, check_sections, differences, load_run_config
 from lediflow.training.couplings import Context
+from lediflow.training.early import check_early, check_left_behind, early_average, is_early
 from lediflow.training.inputs import (
     describe,
     keep_codec_space,
@@ -81,6 +83,7 @@ def train(
     run, chosen = Path(output), config.chosen(stages)
     check_sections(config, chosen)
     check_strengths(config, chosen)
+    check_early(config, chosen)
     count_parameters(config)
     check_device(device)
     check_tracker(config)
@@ -96,6 +99,7 @@ def train(
     config, encoder = settle_text(settle_clusters(config, data), accelerator)
     _refuse_another_run(run, config, chosen, resume)
     chosen = _completed(run, config, chosen)
+    check_left_behind(config, run, chosen, resume)
     if resume:
         refuse_other_latents(run, data)
         if encoder is not None:
@@ -143,8 +147,9 @@ def _train_stages(
         must_agree = {"classes": classes, **identity} if stage.coupling.tells_labels else identity
         start_tracker(accelerator, config, run, spec.name)
         try:
-            learn = fit if stage.by_gradients else solve
-            last = learn(stage, run / spec.name, accelerator, must_agree=must_agree, resume=resume)
+            learn = partial(fit, early=early_average(spec, config, run)) if stage.by_gradients else solve
+            kept = resume or is_early(spec, config)  # what this training may just have left behind
+            last = learn(stage, run / spec.name, accelerator, must_agree=must_agree, resume=kept)
         finally:
             stop_tracker(accelerator)
         if accelerator.is_main_process:

@@ -278,22 +278,26 @@ class CoupledStageConfig(MatchingStageConfig):
     )
 
 
-class WeakFlowStageConfig(FlowStageConfig):
-    """Stage `weak-flow`: the flow, trained so shortly that it is bad, for autoguidance."""
+class WeakSettings(StageConfig):
+    """What the stages of worse networks, for autoguidance, share."""
 
-    steps: Positive = Field(100, description="an eighth of the flow's, or less")
+    steps: Positive = Field(100, description="an eighth of the better network's, or less")
+    early: bool = Field(
+        False,
+        description="the average that the better network's weights have after `steps` steps of its own "
+        "training, which leaves it there; nothing is trained, and the settings beside have no effect",
+    )
     schedule: Literal["constant", "cosine", "linear", "inverse-sqrt"] = Field(
         "cosine", description="after warm-up; cosine and linear end at 0"
     )
 
 
-class WeakCoupledStageConfig(CoupledStageConfig):
+class WeakFlowStageConfig(WeakSettings, FlowStageConfig):
+    """Stage `weak-flow`: the flow, trained so shortly that it is bad."""
+
+
+class WeakCoupledStageConfig(WeakSettings, CoupledStageConfig):
     """Stages `weak-sampler` and `weak-baseline`, likewise."""
-
-    steps: Positive = Field(100, description="an eighth of the network's own, or less")
-    schedule: Literal["constant", "cosine", "linear", "inverse-sqrt"] = Field(
-        "cosine", description="after warm-up; cosine and linear end at 0"
-    )
 
 
 class RefiningStageConfig(StageConfig):

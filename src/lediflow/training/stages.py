@@ -45,6 +45,7 @@ class StageSpec:
         needs: stages whose trained networks it uses; `Config.uses` adds what the config asks for.
         starts_from: the stage whose weights it takes over.
         weak: the stage that trains a worse network of the same data, for autoguidance.
+        early_of: of such a stage, the one that trains the better network.
         only_with: key of a setting that must not be 0; otherwise there is nothing to learn.
     """
 
@@ -57,6 +58,7 @@ class StageSpec:
     needs: tuple[str, ...] = ()
     starts_from: str | None = None
     weak: str | None = None
+    early_of: str | None = None
     only_with: str | None = None
 
     @property
@@ -118,6 +120,7 @@ _ROWS = (
         coupling="learned-prior",
         objective="matching",
         needs=("auxiliary",),
+        early_of="flow",
     ),
     StageSpec(
         "weak-sampler",
@@ -127,6 +130,7 @@ _ROWS = (
         coupling="latent",
         objective="matching",
         needs=("auxiliary",),
+        early_of="sampler",
     ),
     StageSpec(
         "weak-baseline",
@@ -135,6 +139,7 @@ _ROWS = (
         network="baseline",
         coupling="gaussian",
         objective="matching",
+        early_of="baseline",
     ),
     StageSpec(
         "meanflow",

@@ -95,13 +95,16 @@ class TrainingState:
             self.stage.network = self.network
             self.network.load_state_dict(dict(copy.named_buffers()), strict=False)
 
-    def save(self, step: int, must_agree: dict[str, Any], *, finished: bool = False) -> None:
+    def save(
+        self, step: int, must_agree: dict[str, Any], *, finished: bool = False, folder: Path | None = None
+    ) -> None:
         """Write the checkpoint of `step`; all processes must ask.
 
         Args:
             step: that was just made.
             must_agree: what a run must share with this one to continue it, for state.json.
             finished: whether the stage ends here, with `finish` done.
+            folder: of checkpoints; None for the stage's own.
 
         Raises:
             UserError: it cannot be written; earlier checkpoints are as they were.
@@ -126,7 +129,9 @@ class TrainingState:
         keep, every = self.training.keep_checkpoints, self.training.keep_every
         on_main(
             self.accelerator,
-            lambda: checkpoint.save(self.folder, step, files=files, state=state, keep=keep, keep_every=every),
+            lambda: checkpoint.save(
+                folder or self.folder, step, files=files, state=state, keep=keep, keep_every=every
+            ),
         )
 
     def load(self, step: int) -> None:

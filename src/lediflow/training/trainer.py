@@ -29,6 +29,7 @@ from lediflow.progress import Progress
 from lediflow.sources import BatchNoise, derive_seed
 from lediflow.training import checkpoint
 from lediflow.training.config import Config
+from lediflow.training.early import EarlyAverage
 from lediflow.training.guard import PATIENCE, ROLLBACKS, Diverged
 from lediflow.training.meter import Meter, memory_gb
 from lediflow.training.objectives import Objective
@@ -64,7 +65,13 @@ def check_batches(config: Config, stages: list[StageSpec], processes: int) -> No
 
 
 def fit(
-    stage: Objective, folder: Path, accelerator: Accelerator, *, must_agree: dict[str, Any], resume: bool
+    stage: Objective,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    must_agree: dict[str, Any],
+    resume: bool,
+    early: EarlyAverage | None = None,
 ) -> Path:
     """Train `stage` to its last step and return the folder of its last checkpoint.
 
@@ -74,20 +81,29 @@ def fit(
         accelerator: from `processes.make_accelerator`.
         must_agree: what a checkpoint must agree on to be continued, kept in its state.json.
         resume: continue from the last checkpoint in `folder`, if there is one.
+        early: what to leave behind for another stage on the way.
 
     Raises:
         UserError: the training diverges, a checkpoint is damaged or does not fit, the disk is full.
         Interrupted: after SIGINT or SIGTERM to any of the processes, with the state saved.
     """
     try:
-        return _Fit(stage, folder, accelerator, must_agree).run(resume)
+        return _Fit(stage, folder, accelerator, must_agree, early).run(resume)
     finally:
         accelerator.free_memory()  # or it would hold every stage's weights to the end
 
 
 class _Fit:
-    def __init__(self, stage: Objective, folder: Path, accelerator: Accelerator, must_agree: dict[str, Any]):
+    def __init__(
+        self,
+        stage: Objective,
+        folder: Path,
+        accelerator: Accelerator,
+        must_agree: dict[str, Any],
+        early: EarlyAverage | None,
+    ):
         self.stage, self.folder, self.accelerator, self.must_agree = stage, folder, accelerator, must_agree
+        self.early = early
         self.settings, self.training = stage.settings, stage.config.training
         self.state = TrainingState(stage, folder / "checkpoints", accelerator)
 
@@ -129,6 +145,8 @@ class _Fit:
                 # before the checkpoint, or a run killed between the two would never make it
                 if step == last or step % training.preview_every == 0:
                     self._preview(step)
+                if self.early and step == self.early.step:
+                    self.state.save(step, self.must_agree, finished=True, folder=self.early.folder)
                 due = step % training.checkpoint_every == 0 and not self.state.guard.bad
                 if step == last or stop or due:
                     self.state.save(step, self.must_agree, finished=step == last)
