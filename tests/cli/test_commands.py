@@ -346,6 +346,13 @@ def test_a_dry_run_times_every_stage_and_writes_nothing(lediflow, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_what_is_not_trained_step_by_step(lediflow):
+    result = lediflow("train", "digits", "--dry-run", "--stage", "clusters", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert "1500 images" in result.stdout
+    assert "nothing of this is trained step by step" in result.stdout
+
+
 def test_the_installed_script_answers():
     """The command that `pip install` puts on the path, not the function behind it."""
     script = Path(sys.executable).with_name("lediflow")

@@ -1,4 +1,4 @@
-"""Worse networks for autoguidance that nobody has to train: averages that a network had early in its training.
+"""Worse networks for autoguidance that nobody has to train: what a network's average was early on.
 
 Autoguidance (arXiv 2406.02507) compares with a worse network of the same kind. With `early`, such a stage is
 what the average of the trained network's weights was after so many steps; that training leaves it there.

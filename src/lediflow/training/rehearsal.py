@@ -80,7 +80,7 @@ def rehearse(
     context = Context(config, data, accelerator.device, lambda name: build_network(STAGES[name], config))
     if encoder is not None:
         context.encoded = made_up_texts(config, len(data.texts), accelerator.device)
-    estimates, first = [], None
+    estimates, seen = [], None
     for spec in config.chosen(stages):
         if not OBJECTIVES[spec.objective].by_gradients:
             continue  # it takes seconds
@@ -91,20 +91,20 @@ def rehearse(
             context.posteriors = Posteriors(context.network("auxiliary"), data, where, keep=False)
         stage = build_stage(spec.name, context)
         stage.rehearse()
-        batch = _first_batch(stage)
-        first = first or batch
+        batch = _first_batch(context, stage.settings.batch_size)
+        seen = seen or _seen(batch)
         ms = _time_steps(stage, batch, accelerator)
         parameters = sum(p.numel() for p in stage.network.parameters())
         size, steps = stage.settings.batch_size, stage.settings.steps
         estimates.append(StageEstimate(spec.name, parameters, steps, size, ms, memory_gb(accelerator.device)))
-    return {"data": describe(data, config), "batch": _seen(first or {}), "busy": busy, "stages": estimates}
+    if seen is None:
+        seen = _seen(_first_batch(context, 1))
+    return {"data": describe(data, config), "batch": seen, "busy": busy, "stages": estimates}
 
 
-def _first_batch(stage: Objective) -> dict[str, Any]:
-    size = stage.settings.batch_size
-    batch = next(batches(stage.context.data, batch_size=size, seed=0, stop=1))
-    device = stage.context.device
-    return {name: x.to(device) for name, x in batch.items() if isinstance(x, torch.Tensor)}
+def _first_batch(context: Context, size: int) -> dict[str, Any]:
+    batch = next(batches(context.data, batch_size=size, seed=0, stop=1))
+    return {name: x.to(context.device) for name, x in batch.items() if isinstance(x, torch.Tensor)}
 
 
 def _time_steps(stage: Objective, batch: dict[str, Any], accelerator: Any) -> float:
@@ -149,8 +149,10 @@ def report_text(report: dict[str, Any]) -> str:
         f"first batch: {' x '.join(map(str, batch['shape']))}, values {batch['range'][0]} to "
         f"{batch['range'][1]}, classes {', '.join(map(str, batch['classes'][:12]))}",
         "",
-        "stage                parameters    steps  batch   ms/step  images/s       time",
     ]
+    if not report["stages"]:
+        return "\n".join([*lines, "nothing of this is trained step by step; it takes seconds at most"])
+    lines.append("stage                parameters    steps  batch   ms/step  images/s       time")
     for e in report["stages"]:
         spent = timedelta(seconds=round(e.seconds))
         lines.append(
