@@ -46,8 +46,7 @@ def demo(
                 print(f"first picture: {first_grid(output, device)}", file=sys.stderr, flush=True)
             stages = [name for name in stages if name not in first]
         train(config, output, stages=stages, device=device)
-    except Interrupted as stop:
-        print(f"{stop}; `lediflow demo` resumes there", file=sys.stderr)
+    except Interrupted:
         raise typer.Exit(130) from None
     find_strengths(output, device)
     result = compare_run(output, device=device)

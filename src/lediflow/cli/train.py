@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,9 +82,7 @@ def train(
         return
     try:
         train_run(settled, run, stages=listed(stage) or None, device=device, resume=resume)
-    except Interrupted as stop:
-        if is_main_process():
-            print(f"{stop}; the same command resumes", file=sys.stderr)
+    except Interrupted:
         raise typer.Exit(130) from None
     if is_main_process():
         find_strengths(run, device)

@@ -120,7 +120,10 @@ def train(
         encoder.model = None  # its memory is wanted
     try:
         _train_stages(config, run, chosen, data, texts, accelerator, resume=resume)
-    except Interrupted:
+    except Interrupted as stop:
+        if accelerator.is_main_process:
+            _say(f"{stop}; the same command resumes")
+        accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has left
         accelerator.end_training()
         raise
     accelerator.end_training()
