@@ -15,7 +15,8 @@ from lediflow.training.config import load_config
 from lediflow.training.objectives import Elbo
 from lediflow.training.run import train
 from lediflow.training.run_pipelines import finished_stages, last_checkpoint
-from lediflow.training.trainer import Interrupted, stop_signals
+from lediflow.training.signals import stop_signals
+from lediflow.training.trainer import Interrupted
 
 EVERY = "training.checkpoint_every=1"
 

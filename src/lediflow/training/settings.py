@@ -284,8 +284,8 @@ class WeakSettings(StageConfig):
     steps: Positive = Field(100, description="an eighth of the better network's, or less")
     early: bool = Field(
         False,
-        description="the average that the better network's weights have after `steps` steps of its own "
-        "training, which leaves it there; nothing is trained, and the settings beside have no effect",
+        description="take the average of the better network's weights after `steps` steps of its training, "
+        "instead of training one; the other settings of this stage then have no effect",
     )
     schedule: Literal["constant", "cosine", "linear", "inverse-sqrt"] = Field(
         "cosine", description="after warm-up; cosine and linear end at 0"

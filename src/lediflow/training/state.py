@@ -109,7 +109,8 @@ class TrainingState:
         Raises:
             UserError: it cannot be written; earlier checkpoints are as they were.
         """
-        self.guard.saving(step)
+        if folder is None:  # only to the stage's own can it return
+            self.guard.saving(step)
         names = [name for name, _ in self.network.named_parameters()]
         buffers = dict(self.network.named_buffers())
         files = {"model": self._whole(self.network.state_dict())}

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from lediflow.training.meter import Meter, memory_gb
 from lediflow.training.objectives import Objective
 from lediflow.training.processes import gradients, local, on_main, whole
 from lediflow.training.settings import StageConfig
+from lediflow.training.signals import stop_signals
 from lediflow.training.stages import StageSpec
 from lediflow.training.state import TrainingState
 
@@ -378,31 +377,3 @@ def rate_factor(step: int, settings: StageConfig) -> float:
         return math.sqrt(begin / step)
     progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     return 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying, so that the loop can save and leave.
-
-    A second one ends the process at once; the last checkpoint is whole.
-    """
-    received: list[int] = []
-    previous = {}
-
-    def note(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        if number == signal.SIGINT:
-            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: the caller handles signals
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
