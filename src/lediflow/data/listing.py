@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
 import os
@@ -164,6 +165,7 @@ def _suffix(file: str) -> str:
     return Path(file.partition("?")[0]).suffix.lower()
 
 
+@functools.cache  # writing the pictures takes a second
 def _open_digits(split: str) -> datasets.Dataset:
     import datasets
     from sklearn.datasets import load_digits

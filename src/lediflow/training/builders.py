@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -191,8 +191,12 @@ def is_refined(config: Config, network: str) -> bool:
     return any(s.network == network and OBJECTIVES[s.objective].average_velocity for s in specs)
 
 
-def count_parameters(config: Config) -> dict[str, int]:
-    """Build without memory the networks of all stages that the config describes; count their parameters.
+def count_parameters(config: Config, stages: Iterable[str] | None = None) -> dict[str, int]:
+    """Build without memory the networks of the stages that the config describes; count their parameters.
+
+    Args:
+        config: of the run.
+        stages: names of those that are wanted; None for all.
 
     Returns:
         Parameters by stage name.
@@ -203,6 +207,6 @@ def count_parameters(config: Config) -> dict[str, int]:
     with torch.device("meta"):
         return {
             spec.name: sum(p.numel() for p in build_network(spec, config).parameters())
-            for spec in STAGES.values()
+            for spec in map(check_stage, STAGES if stages is None else stages)
             if config.has(spec) and not config.lacks(spec)
         }

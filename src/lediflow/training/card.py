@@ -76,9 +76,9 @@ def model_card(
         licence: of the weights, an identifier such as "cc-by-4.0"; "" where nobody said one.
         picture: file of images that it made, beside the card.
     """
-    counts, at = count_parameters(config), f" (commit `{commit}`)" if commit else ""
-    rows = []
-    for stage in trained_stages(run):
+    trained, at = trained_stages(run), f" (commit `{commit}`)" if commit else ""
+    counts, rows = count_parameters(config, trained), []
+    for stage in trained:
         steps = checkpoint.steps_on_disk(run / stage / "checkpoints")[-1]
         images = steps * getattr(config.stage(stage), "batch_size", 0)
         rows.append(f"| {stage} | {counts[stage] / 1e6:.2f} M | {steps} | {images:,} |")
