@@ -73,7 +73,7 @@ TINY = [
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
-    """What is imported by now stays; looking through it at the end of every stage would take a second each."""
+    """What is imported by now stays; to look through it would take each stage a second."""
     gc.collect()
     gc.freeze()
 
