@@ -177,7 +177,7 @@ class DriftingEnds(Ends):
         super().prepare(folder, identity, accelerator)
         data = self.context.data
         images = torch.cat(list(data.in_order(256)))
-        self.features = masked_autoencoder(images, patch=self.config.section("auxiliary").patch_size)
+        self.features = masked_autoencoder(images, patch=images.shape[-1] // 8)
 
     def beside(self, made, end, images):
         """Squared distance of features to where they drift."""
