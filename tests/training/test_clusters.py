@@ -1,6 +1,8 @@
 """Clusters of z from the stage to the request, and guidance learned into one evaluation."""
 
 import json
+import math
+import shlex
 
 import pytest
 import torch
@@ -68,9 +70,11 @@ def test_zero_switches_the_stage_off():
         config.chosen(["clusters"])
 
 
-@pytest.mark.parametrize("classes", ["data.classes=0", "data.classes=10"])
-def test_k_means_explains_z_and_counts_every_image_once(classes, digits):
-    stage = build_stage("clusters", context_of(digits, "clusters.count=4", classes))
+@pytest.mark.parametrize(
+    ("classes", "seed"), [("data.classes=0", 0), ("data.classes=10", -1), ("data.classes=0", 2**40)]
+)
+def test_k_means_explains_z_and_counts_every_image_once(classes, seed, digits):
+    stage = build_stage("clusters", context_of(digits, "clusters.count=4", classes, f"training.seed={seed}"))
     stage.finish()
     z = torch.cat([stage._z(batch) for batch in stage.served_once("k-means")])[: len(digits)]
     found = stage.network.assign(z)
@@ -131,6 +135,9 @@ def test_what_a_request_cannot_ask_is_said_by_name(pipe, unrefined, run):
         pipe(1, latent_guidance=4)
     with pytest.raises(UserError, match=r"autoguidance 0\.5 is not among what this model learned, 1 to 2"):
         pipe(1, autoguidance=0.5)
+    for name, strength in (("latent_guidance", math.nan), ("guidance", math.inf)):
+        with pytest.raises(UserError, match=f"^{name} must be a finite number"):
+            unrefined(1, **{name: strength})
     with pytest.raises(UserError, match="latent_autoguidance 2 needs a weak network.*--stage weak-sampler"):
         unrefined(1, latent_autoguidance=2)
     empty = load_pipeline(run)
@@ -204,6 +211,10 @@ def test_samples_of_a_cluster_by_the_command(run, lediflow, tmp_path):
     done = lediflow("sample", run, "-n", 3, "--cluster", "2,0", "--latent-guidance", 2, "--json", "-o", out)
     report = json.loads(done.stdout)
     assert report["cluster"] == ["2", "0"] and report["latent_guidance"] == 2
+    with Image.open(out / "000000.png") as image:
+        command = shlex.split(image.text["command"])[1:]
+    again = lediflow(*command, "--json", "-o", out)
+    assert json.loads(again.stdout)["found"] == 3, "the command in the pictures asks for the same"
     refused(lediflow("sample", run, "--cluster", 9, "-o", tmp_path / "x"), "cluster 9 is not one of")
 
 
@@ -219,8 +230,9 @@ def test_guidance_with_nothing_to_guide_by_is_refused_before_anything_is_made(se
     with pytest.raises(UserError, match=message):
         train(config, tmp_path / "run", device="cpu", stages=["sampler-meanflow", "meanflow"])
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="low < high"):
-        load_config("digits", ["training.meanflow.guidance=[2,1]"])
+    for bounds in ("[2,1]", "[1,1]", "[1.5,3]", "[1,.inf]"):
+        with pytest.raises(UserError, match="low <= 1 <= high and low < high"):
+            load_config("digits", [f"training.meanflow.guidance={bounds}"])
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ Classes = Annotated[
     typer.Option("--class", help="Classes by name or index, which the images take in turn."),
 ]
 Clusters = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--cluster",
         help="Clusters of z by number, 3 or 3,7, which the images take in turn; `lediflow clusters RUN` "

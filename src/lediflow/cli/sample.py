@@ -128,7 +128,7 @@ def sample(
         pipeline.load_text_encoder(text_encoder)
     told: dict[str, Any] = {
         "class_labels": _class_labels(pipeline, classes),
-        "cluster": listed([cluster]) if cluster else None,
+        "cluster": listed(cluster) or None,
         **({"prompt": prompt} if prompt else {}),
     }
     pipeline.check_request(num_images, batch_size=batch_size, **told)

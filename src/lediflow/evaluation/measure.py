@@ -54,7 +54,9 @@ def reconstruct(pipeline: LeDiFlowPipeline, y: Tensor, request: Request) -> Tens
         with torch.autocast(where.type, dtype=DTYPES[request.dtype], enabled=request.dtype != "fp32"):
             z = pipeline.encode(batch).mean
             x = pipeline.source(z, noise, request.temperature)
-            solution = pipeline.carry(x, z, steps=request.steps, solver=request.solver)
+            solution = pipeline.carry(
+                x, z, steps=request.steps, solver=request.solver, autoguidance=request.autoguidance
+            )
         ends.append(solution.end.float().clamp(-1, 1).cpu())
     return torch.cat(ends)
 

@@ -30,6 +30,7 @@ from lediflow.training.run_pipelines import (
     kept_strengths,
     load_network,
     pipeline_stages,
+    trained_stages,
     write_pipelines,
 )
 from lediflow.training.stages import check_stage
@@ -57,6 +58,10 @@ def find_strengths(run: str | Path, device: str | None = None) -> dict[str, dict
     for folder, (_, stages) in pipeline_stages(run, config).items():
         learned = any(config.strengths(check_stage(stage)) for stage in stages.values())
         if learned and not kept_strengths(run, folder, stages):
+            if "auxiliary" not in trained_stages(run):
+                said = "the best strengths are not searched for: images are compared by stage auxiliary"
+                print(f"{folder}: {said}, which is not trained", file=sys.stderr)
+                continue
             pipeline = load_pipeline(run / folder / "pipeline").to(where)
             found[folder] = _search(run, config, pipeline, folder)
             keep_strengths(run, folder, stages, found[folder])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -55,8 +56,10 @@ class Strength:
             value: 1 for none.
 
         Raises:
-            UserError: nothing to guide by, or a strength outside of what was learned.
+            UserError: no finite number, nothing to guide by, or a strength outside of what was learned.
         """
+        if not math.isfinite(value):
+            raise UserError(f"{name} must be a finite number, not {value:g}")
         if self.learned and not self.learned[0] <= value <= self.learned[1]:
             low, high = self.learned
             raise UserError(f"{name} {value:g} is not among what this model learned, {low:g} to {high:g}")

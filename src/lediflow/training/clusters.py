@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lediflow.data.batches import MapData, TrainingData
 from lediflow.errors import UserError
+from lediflow.sources import derive_seed
 from lediflow.training.config import Config
 from lediflow.training.objectives import Objective
 
@@ -66,6 +67,8 @@ class KMeans(Objective):
         if len(z) < count:
             raise UserError(f"clusters.count {count} is more than the {len(z)} images")
         seed = self.config.training.seed
+        if not 0 <= seed < 2**32:  # scikit-learn takes no other
+            seed = derive_seed(seed, "clusters") % 2**32
         found = MiniBatchKMeans(count, random_state=seed, n_init=10, batch_size=1024).fit(z.numpy())
         centres = torch.from_numpy(found.cluster_centers_).view_as(self.network.centres)
         self.network.centres.copy_(centres)

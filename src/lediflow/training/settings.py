@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -194,8 +195,9 @@ class TextConfig(Section):
 
 
 def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= bounds[0] < bounds[1]:
-        raise ValueError("must be [low, high] with 0 <= low < high")
+    low, high = bounds
+    if not (0 <= low <= 1 <= high < math.inf and low < high):  # 1, no guidance, can always be asked for
+        raise ValueError("must be [low, high] with 0 <= low <= 1 <= high and low < high")
     return bounds
 
 
