@@ -235,6 +235,14 @@ def test_guidance_with_nothing_to_guide_by_is_refused_before_anything_is_made(se
             load_config("digits", [f"training.meanflow.guidance={bounds}"])
 
 
+def test_without_an_auxiliary_model_no_strength_is_searched_for(tmp_path, capsys):
+    learned = ("data.classes=10", "training.baseline_meanflow.guidance=[1,2]")
+    stages = ["baseline", "baseline-meanflow"]
+    run = train(load_config("digits", [*TINY, *learned]), tmp_path / "run", device="cpu", stages=stages)
+    assert find_strengths(run, device="cpu") == {}
+    assert "baseline-meanflow: the best strengths are not searched for" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_evaluation_has_a_row_for_every_strength(pipe, unrefined):
     settings = Settings(data="digits", latent_guidance=(1.0, 2.0), autoguidance=(1.5,))
